@@ -1,0 +1,18 @@
+"""
+Multimodal Prompt Tuning (M2PT, EMNLP 2024, arXiv 2409.15657) as a PEFT method.
+
+Importing this package registers the method with PEFT, nothing more.
+"""
+
+from .config import M2PTConfig
+from .errors import UnsupportedModelError
+from .layer import M2PTAttention
+from .model import M2PTModel
+from .register import register
+
+
+__version__ = "0.1.0"
+
+__all__ = ["M2PTAttention", "M2PTConfig", "M2PTModel", "UnsupportedModelError"]
+
+register(M2PTConfig, M2PTModel)

@@ -1,0 +1,308 @@
+"""
+Attention functions that see prompt rows.
+
+A prompt acts only through its key and its value in its own layer, since the layer's output at the prompt rows is
+thrown away. So no sequence gets longer. While [`M2PTAttention`] calls the attention module that it wraps, the attention
+function which that module calls through transformers' `AttentionInterface` either
+
+- *records* the key and the value it is given, when the module runs on the prompt rows, or
+- *attends* with these rows in front of key and value, when the module runs on the tokens.
+
+For every other call, in this model or another, it is the function that transformers would have called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+
+from .errors import UnsupportedModelError
+
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """
+    How a class of attention modules reaches its attention function.
+
+    Args:
+        interface (`AttentionInterface`):
+            Where it looks up the function of the implementation in use.
+        eager (`Callable`, *optional*):
+            The function of its own file that it calls for "eager", which no interface knows.
+    """
+
+    interface: AttentionInterface
+    eager: Callable | None
+
+
+@cache
+def find_attention_call(module_class: type) -> AttentionCall | None:
+    """
+    Finds out, from the code of its methods, how a class of modules reaches its attention function.
+
+    Args:
+        module_class (`type`):
+            Class of a module.
+
+    Returns:
+        [`AttentionCall`], or `None` if no method of the class uses an `AttentionInterface`.
+    """
+    for name in dir(module_class):
+        function = inspect.unwrap(getattr(module_class, name, None))
+        if not inspect.isfunction(function):
+            continue
+        used = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+        interface = next((value for value in used.values() if isinstance(value, AttentionInterface)), None)
+        if interface is not None:
+            eager = (value for name, value in used.items() if name.endswith("eager_attention_forward"))
+            return AttentionCall(interface, next(eager, None))
+    return None
+
+
+@dataclass
+class Rows:
+    """
+    Key and value of the prompt rows of one attention module.
+
+    Args:
+        key (`torch.Tensor` of shape `(1, num_key_value_heads, num_rows, head_dim)`):
+            Keys, normed and rotated as the module does it.
+        value (`torch.Tensor` of shape `(1, num_key_value_heads, num_rows, value_head_dim)`):
+            Values.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class _Recorder:
+    """Takes the key and value that a module hands to its attention function."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.rows: Rows | None = None
+
+    def __call__(self, attend: Callable, implementation: str, query, key, value, attention_mask, **kwargs):
+        self.rows = Rows(key, value)
+        # Nobody reads the output of this pass; it only has the shape that the module goes on with.
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+class _Attender:
+    """Puts recorded rows in front of the key and value that a module hands to its attention function."""
+
+    def __init__(self, module: nn.Module, rows: Rows) -> None:
+        self.module = module
+        self.rows = rows
+        self.used = False
+
+    def __call__(self, attend: Callable, implementation: str, query, key, value, attention_mask, **kwargs):
+        self.used = True
+        num_rows = self.rows.key.shape[2]
+        num_dummies = 0
+        if attention_mask is not None:
+            attention_mask = widen_mask(attention_mask, num_rows, key.shape[2])
+        elif implementation == "sdpa" and query.shape[2] > 1 and _is_causal(self.module, kwargs):
+            # Causal without a mask: torch lines up the first query with the first key. As many dummy queries as rows
+            # make that right again, and keep the fast kernels, which take no mask. Keys behind the last query are
+            # those of an empty static cache; transformers cuts them off the same way.
+            num_dummies = num_rows
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            dummies = query.new_zeros(query.shape[0], query.shape[1], num_dummies, query.shape[3])
+            query = torch.cat([dummies, query], dim=2)
+        key = _put_in_front(self.rows.key, key)
+        value = _put_in_front(self.rows.value, value)
+        output, weights = attend(self.module, query, key, value, attention_mask, **kwargs)
+        return output[:, num_dummies:], weights
+
+
+def widen_mask(attention_mask: torch.Tensor, num_rows: int, key_length: int) -> torch.Tensor:
+    """
+    Adds columns on the left of an attention mask, at which every query sees the prompt rows.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(..., query_length, key_length)`):
+            A boolean mask (`True`: visible) or one that is added to the scores. The last dimension may be 1 for all
+            keys.
+        num_rows (`int`):
+            Number of prompt rows.
+        key_length (`int`):
+            Number of keys behind the prompt rows.
+
+    Returns:
+        `torch.Tensor` of shape `(..., query_length, num_rows + key_length)`.
+    """
+    if attention_mask.shape[-1] == 1:
+        attention_mask = attention_mask.expand(*attention_mask.shape[:-1], key_length)
+    visible = attention_mask.new_full((*attention_mask.shape[:-1], num_rows), attention_mask.dtype == torch.bool)
+    return torch.cat([visible, attention_mask], dim=-1)
+
+
+def _put_in_front(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    is_causal = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+
+# What the attention function does for the module that is being called. Per thread, since several threads may call one
+# model at once; not a keyword argument, since many modules do not hand those on to their attention function.
+_current: ContextVar[_Recorder | _Attender | None] = ContextVar("m2pt_attention", default=None)
+
+
+class PromptAttention:
+    """
+    The function of an attention implementation, extended to see prompt rows.
+
+    Args:
+        implementation (`str`):
+            Its name in the `AttentionInterface`.
+        attend (`Callable`, *optional*):
+            The function to extend. `None` for "eager", which is another function for every model.
+    """
+
+    def __init__(self, implementation: str, attend: Callable | None) -> None:
+        self.implementation = implementation
+        self.attend = attend
+
+    def __call__(self, module: nn.Module, query, key, value, attention_mask=None, **kwargs):
+        attend = self.attend or _own_eager_attention(type(module))
+        current = _current.get()
+        if current is None or current.module is not module:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        return current(attend, self.implementation, query, key, value, attention_mask, **kwargs)
+
+
+def _own_eager_attention(module_class: type) -> Callable:
+    call = find_attention_call(module_class)
+    if call is None or call.eager is None:
+        raise UnsupportedModelError(
+            f"{module_class.__name__} uses attn_implementation='eager', but no `eager_attention_forward` was found in "
+            f"{module_class.__module__}. Use attn_implementation='sdpa' for the model that it belongs to."
+        )
+    return call.eager
+
+
+def check_implementation(module: nn.Module, path: str) -> None:
+    """
+    Checks that M2PT knows the attention implementation that a module uses.
+
+    Args:
+        module (`nn.Module`):
+            An attention module.
+        path (`str`):
+            Its module path, for the error message.
+
+    Raises:
+        UnsupportedModelError: If it does not.
+    """
+    implementation = module.config._attn_implementation
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedModelError(
+            f"The attention '{path}' uses attn_implementation={implementation!r}, which M2PT does not support. Choose "
+            f"one of {IMPLEMENTATIONS} with model.set_attn_implementation(...), or when loading the model."
+        )
+
+
+def extend_attention_function(module: nn.Module, path: str) -> None:
+    """
+    Makes sure that the attention function which a module calls sees prompt rows. Done on every call, since the
+    implementation in use may change at any time.
+
+    Args:
+        module (`nn.Module`):
+            An attention module.
+        path (`str`):
+            Its module path, for error messages.
+
+    Raises:
+        UnsupportedModelError: If M2PT does not know the attention implementation in use.
+    """
+    implementation = module.config._attn_implementation
+    interface = find_attention_call(type(module)).interface
+    attend = interface.get(implementation)
+    if isinstance(attend, PromptAttention):
+        return
+    check_implementation(module, path)
+    if implementation in interface._local_mapping:
+        interface[implementation] = PromptAttention(implementation, attend)
+    else:
+        interface.register(implementation, PromptAttention(implementation, attend))
+
+
+def record_rows(module: nn.Module, path: str, arguments: dict[str, Any]) -> Rows:
+    """
+    Runs an attention module on prompt rows and takes the key and value that reach its attention function.
+
+    Args:
+        module (`nn.Module`):
+            The attention module.
+        path (`str`):
+            Its module path, for error messages.
+        arguments (`dict[str, Any]`):
+            Keyword arguments for its `forward`.
+
+    Returns:
+        [`Rows`]
+
+    Raises:
+        UnsupportedModelError: If no attention function was called.
+    """
+    with _as_current(_Recorder(module)) as recorder:
+        # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
+        module.forward(**arguments)
+    if recorder.rows is None:
+        raise _goes_round(module, path)
+    return recorder.rows
+
+
+@contextmanager
+def attending(module: nn.Module, path: str, rows: Rows) -> Iterator[None]:
+    """
+    While this context is open, `module` attends to `rows` too.
+
+    Args:
+        module (`nn.Module`):
+            The attention module.
+        path (`str`):
+            Its module path, for error messages.
+        rows ([`Rows`]):
+            Key and value of its prompt rows.
+
+    Raises:
+        UnsupportedModelError: At the end, if no attention function was called.
+    """
+    with _as_current(_Attender(module, rows)) as attender:
+        yield
+    if not attender.used:
+        raise _goes_round(module, path)
+
+
+@contextmanager
+def _as_current(current: _Recorder | _Attender) -> Iterator[Any]:
+    token = _current.set(current)
+    try:
+        yield current
+    finally:
+        _current.reset(token)
+
+
+def _goes_round(module: nn.Module, path: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The attention '{path}' ({type(module).__name__}) went round the attention interface of transformers, so its "
+        f"prompts were not seen. Leave it out with exclude_modules=['{path}']."
+    )

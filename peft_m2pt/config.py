@@ -1,0 +1,175 @@
+"""The configuration of M2PT."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+
+PLACEMENTS = ("first", "odd", "top_half", "bottom_half")
+INITS = ("xavier_uniform", "normal", "vocabulary")
+
+
+@dataclass
+class M2PTConfig(PeftConfig):
+    """
+    Configuration of M2PT, Multimodal Prompt Tuning (EMNLP 2024, [arXiv 2409.15657](https://arxiv.org/abs/2409.15657)).
+
+    Every adapted self-attention layer `i` of the frozen model gets its own prompt `P_i` of shape `[n, D]`. The layer
+    computes on `[P_i ; tokens]`, and what it computes at the prompt rows is replaced by `P_{i+1}` in the next layer.
+
+    Args:
+        num_visual_tokens (`int`, defaults to 20):
+            Prompt vectors in each layer of the vision encoder. 0 leaves the vision encoder untouched.
+        num_textual_tokens (`int`, defaults to 10):
+            Prompt vectors in each layer of the language model. 0 leaves the language model untouched. Visual and
+            textual prompts cannot both be switched off.
+        visual_layers (`list[int]` or `str`, *optional*):
+            The layers of the vision encoder that get prompts. `None` (default): all *live* layers, that is all whose
+            output the model reads (LLaVA with `vision_feature_layer=-2` ignores the last one). A list holds layer
+            indices, of which negative ones count back from the last live layer. A string is one of the placements
+            "first" (the first live layer), "odd" (layers 1, 3, 5, ...), "bottom_half" (the half next to the input) and
+            "top_half" (the half next to the output; the larger one if the number of layers is odd).
+        textual_layers (`list[int]` or `str`, *optional*):
+            The same for the language model.
+        init_prompts (`str`, defaults to `"xavier_uniform"`):
+            How prompts are initialised. "xavier_uniform" is the paper's choice, on shape `[1, n, D]`: uniform in
+            `[-a, a]` with `a = sqrt(6 / ((n + 1) * D))`. "normal" draws from a normal distribution with standard
+            deviation `init_std`. "vocabulary" starts each textual prompt at the embeddings of random tokens of the
+            model's vocabulary, special tokens left out; visual prompts, which have no vocabulary, are then initialised
+            with "xavier_uniform".
+        init_std (`float`, defaults to 0.02):
+            Standard deviation of `init_prompts="normal"`. Ignored otherwise.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Attention modules that get no prompts, though their layer is chosen. A list holds module paths or their
+            ends, a string is a regular expression for the whole path.
+        modules_to_save (`list[str]`, *optional*):
+            Other modules to train in full and to save with the adapter, for example `["lm_head"]`. Careful: this can
+            cost far more memory and disk than all prompts.
+        vision_encoder (`str`, *optional*):
+            Module path of the vision encoder, for models in which it is not found.
+        text_decoder (`str`, *optional*):
+            Module path of the language model, for models in which it is not found.
+        connector (`str`, *optional*):
+            Module path of the connector between the two, for models in which it is not found.
+
+    Raises:
+        ValueError: If a field has a type or value that no model could take. The message names field and value.
+
+    Example:
+
+    ```py
+    >>> import peft_m2pt
+    >>> from peft import get_peft_model
+
+    >>> config = peft_m2pt.M2PTConfig(num_visual_tokens=20, num_textual_tokens=10)
+    >>> model = get_peft_model(vlm, config)
+    ```
+    """
+
+    num_visual_tokens: int = field(
+        default=20, metadata={"help": "Prompt vectors in each layer of the vision encoder, 0 for none."}
+    )
+    num_textual_tokens: int = field(
+        default=10, metadata={"help": "Prompt vectors in each layer of the language model, 0 for none."}
+    )
+    visual_layers: list[int] | str | None = field(
+        default=None,
+        metadata={"help": f"Vision layers with prompts: None (all live ones), indices, or one of {PLACEMENTS}."},
+    )
+    textual_layers: list[int] | str | None = field(
+        default=None,
+        metadata={"help": f"Language model layers with prompts: None (all), indices, or one of {PLACEMENTS}."},
+    )
+    init_prompts: str = field(
+        default="xavier_uniform", metadata={"help": f"How prompts are initialised, one of {INITS}."}
+    )
+    init_std: float = field(default=0.02, metadata={"help": "Standard deviation for init_prompts='normal'."})
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention modules without prompts: paths, ends of paths, or a regex."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train in full and to save. Can cost more than all prompts."}
+    )
+    vision_encoder: str | None = field(
+        default=None, metadata={"help": "Module path of the vision encoder where it is not found."}
+    )
+    text_decoder: str | None = field(
+        default=None, metadata={"help": "Module path of the language model where it is not found."}
+    )
+    connector: str | None = field(
+        default=None, metadata={"help": "Module path of the connector where it is not found."}
+    )
+
+    # PEFT reads this name on every tuner's config. It holds the adapted modules once a model is known, is derived anew
+    # for every model, and is therefore not a field: it is neither a choice of the user nor saved.
+    target_modules: ClassVar[set[str] | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("M2PT")
+        for name in ("num_visual_tokens", "num_textual_tokens"):
+            _check_count(name, getattr(self, name))
+        if self.num_visual_tokens == 0 and self.num_textual_tokens == 0:
+            raise ValueError(
+                "num_visual_tokens=0 and num_textual_tokens=0 leave nothing to tune. Set at least one above 0."
+            )
+        for name in ("visual_layers", "textual_layers"):
+            setattr(self, name, _checked_layers(name, getattr(self, name)))
+        if self.init_prompts not in INITS:
+            raise ValueError(f"init_prompts={self.init_prompts!r} is unknown. Choose one of {INITS}.")
+        if self.init_prompts == "vocabulary" and self.num_textual_tokens == 0:
+            raise ValueError(
+                "init_prompts='vocabulary' initialises textual prompts, but num_textual_tokens=0. "
+                "Choose 'xavier_uniform' or 'normal', or set num_textual_tokens above 0."
+            )
+        if not _is_number(self.init_std) or not math.isfinite(self.init_std) or self.init_std <= 0:
+            raise ValueError(f"init_std={self.init_std!r} is not a finite number above 0.")
+        _check_names("exclude_modules", self.exclude_modules, allow_string=True)
+        _check_names("modules_to_save", self.modules_to_save)
+        for name in ("vision_encoder", "text_decoder", "connector"):
+            path = getattr(self, name)
+            if path is not None and (not isinstance(path, str) or not path):
+                raise ValueError(f"{name}={path!r} is not a module path, such as 'model.vision_tower'.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not _is_index(value):
+        raise ValueError(f"{name}={value!r} is not an integer.")
+    if value < 0:
+        raise ValueError(f"{name}={value} is negative. Use 0 to switch these prompts off.")
+
+
+def _checked_layers(name: str, value: Any) -> list[int] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value not in PLACEMENTS:
+            raise ValueError(f"{name}={value!r} is unknown. Choose one of {PLACEMENTS}, a list of indices, or None.")
+        return value
+    if not isinstance(value, (list, tuple, range, set)) or not all(map(_is_index, value)):
+        raise ValueError(f"{name}={value!r} is neither a list of layer indices nor one of {PLACEMENTS} nor None.")
+    if not value:
+        raise ValueError(f"{name}={value!r} chooses no layer. Use None for all layers, or 0 tokens for no prompts.")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name}={value!r} names a layer twice.")
+    return sorted(value) if isinstance(value, set) else list(value)
+
+
+def _check_names(name: str, value: Any, allow_string: bool = False) -> None:
+    if value is None or (allow_string and isinstance(value, str)):
+        return
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name}={value!r} is not a list of module names.")

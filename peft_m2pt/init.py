@@ -1,0 +1,70 @@
+"""How prompts are initialised."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .anatomy import Site
+from .config import M2PTConfig
+
+
+class PromptInitialiser:
+    """
+    Fills new prompts as `config.init_prompts` says.
+
+    Args:
+        config ([`M2PTConfig`]):
+            The configuration of the adapter.
+        model (`transformers.PreTrainedModel`):
+            The model, whose token embeddings serve `init_prompts="vocabulary"`.
+        sites (`list[Site]`):
+            The attention modules that get prompts.
+
+    Raises:
+        ValueError: If the model's token embeddings cannot initialise prompts of its language model.
+    """
+
+    def __init__(self, config: M2PTConfig, model: nn.Module, sites: list[Site]) -> None:
+        self.config = config
+        if config.init_prompts == "vocabulary":
+            self.embedding = model.get_input_embeddings()
+            self.token_ids = _ordinary_token_ids(model)
+            for site in sites:
+                if site.kind == "textual" and site.width != self.embedding.embedding_dim:
+                    raise ValueError(
+                        f"init_prompts='vocabulary' needs token embeddings as wide as the layers, but they have width "
+                        f"{self.embedding.embedding_dim} and '{site.path}' has {site.width}. Choose 'xavier_uniform'."
+                    )
+
+    @torch.no_grad()
+    def __call__(self, prompt: torch.Tensor, site: Site) -> None:
+        """
+        Fills a prompt in place.
+
+        Args:
+            prompt (`torch.Tensor` of shape `(num_tokens, width)`):
+                The prompt.
+            site ([`~peft_m2pt.anatomy.Site`]):
+                The attention module that it belongs to.
+        """
+        if self.config.init_prompts == "normal":
+            nn.init.normal_(prompt, std=self.config.init_std)
+        elif self.config.init_prompts == "vocabulary" and site.kind == "textual":
+            token_ids = self.token_ids[torch.randint(len(self.token_ids), (prompt.shape[0],))]
+            prompt.copy_(self.embedding(token_ids.to(self.embedding.weight.device)))
+        else:
+            # On shape [1, n, D], as the official code has it: a = sqrt(6 / ((n + 1) * D)).
+            nn.init.xavier_uniform_(prompt[None])
+
+
+def _ordinary_token_ids(model: nn.Module) -> torch.Tensor:
+    """All ids of the vocabulary, without the special tokens that the model's config names."""
+    special = {
+        value
+        for config in (model.config, model.config.get_text_config())
+        for name, value in config.to_dict().items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    vocab_size = model.get_input_embeddings().num_embeddings
+    return torch.tensor([token_id for token_id in range(vocab_size) if token_id not in special])

@@ -1,0 +1,56 @@
+"""Says what is wrong with a checkpoint, before any of it is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .layer import M2PTAttention
+
+
+MAX_PROBLEMS = 8
+
+
+def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """
+    Checks that a checkpoint has exactly the weights of an adapter, in their shapes.
+
+    Args:
+        model (`nn.Module`):
+            The model, which already has an adapter of this name.
+        adapter_name (`str`):
+            Name of the adapter.
+        state_dict (`dict[str, torch.Tensor]`):
+            The checkpoint, with the keys of the model.
+
+    Raises:
+        ValueError: If a weight is missing, has another shape, or belongs to nothing in the model. The message names
+            tower, layer, what was expected and what was found.
+    """
+    problems = []
+    for name, module in model.named_modules():
+        if not isinstance(module, M2PTAttention) or adapter_name not in module.m2pt_prompt:
+            continue
+        prompt = module.m2pt_prompt[adapter_name]
+        expected = (prompt.num_tokens, prompt.width)
+        weight = state_dict.get(f"{name}.m2pt_prompt.{adapter_name}.weight")
+        if weight is None or tuple(weight.shape) != expected:
+            found = "nothing" if weight is None else f"shape {list(weight.shape)}"
+            problems.append(
+                f"{module.site.kind} prompt of layer {module.site.layer} ('{module.site.path}'): expected shape "
+                f"{list(expected)}, found {found}"
+            )
+    # Models that were injected into, without a `PeftModel` around them, lack its prefix.
+    known = model.state_dict().keys()
+    problems += [
+        f"'{key}': expected nothing, found shape {list(weight.shape)}"
+        for key, weight in state_dict.items()
+        if key not in known and key.removeprefix("base_model.model.") not in known
+    ]
+    if problems:
+        shown = "\n- ".join(problems[:MAX_PROBLEMS])
+        more = f"\n- and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise ValueError(
+            f"The weights of adapter '{adapter_name}' do not fit the model:\n- {shown}{more}\n"
+            f"Load them into the base model and with the M2PTConfig (adapter_config.json) that they were trained with."
+        )
