@@ -146,8 +146,8 @@ def _tower_sites(model: nn.Module, kind: Kind, config: M2PTConfig) -> list[Site]
     if not sites:
         raise UnsupportedModelError(
             f"The {TOWERS[kind]} '{tower_path}' ({type(tower).__name__}) has no self-attention that calls the "
-            f"attention interface of transformers, by which M2PT reaches keys and values. Name another module path with "
-            f"{FIELDS[kind]}=..., or set num_{kind}_tokens=0 to do without {kind} prompts."
+            f"attention interface of transformers, by which M2PT reaches keys and values. Name another module path "
+            f"with {FIELDS[kind]}=..., or set num_{kind}_tokens=0 to do without {kind} prompts."
         )
     live = list(sites)
     if kind == "visual":

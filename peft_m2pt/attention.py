@@ -2,8 +2,8 @@
 Attention functions that see prompt rows.
 
 A prompt acts only through its key and its value in its own layer, since the layer's output at the prompt rows is
-thrown away. So no sequence gets longer. While [`M2PTAttention`] calls the attention module that it wraps, the attention
-function which that module calls through transformers' `AttentionInterface` either
+thrown away. So no sequence gets longer. While [`~peft_m2pt.layer.M2PTAttention`] calls the attention module that it
+wraps, the attention function which that module calls through transformers' `AttentionInterface` either
 
 - *records* the key and the value it is given, when the module runs on the prompt rows, or
 - *attends* with these rows in front of key and value, when the module runs on the tokens.

@@ -21,7 +21,8 @@ NOT_MERGEABLE = (
 )
 
 # Arguments of attention modules that speak of the tokens, and must not reach a pass over prompt rows.
-TOKEN_ARGUMENTS = ("attention_mask", "past_key_values", "past_key_value", "cache_position", "use_cache")
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value")
+TOKEN_ARGUMENTS = ("attention_mask", "cache_position", "use_cache", *CACHE_ARGUMENTS)
 
 
 class M2PTPrompt(nn.Module):
@@ -111,20 +112,25 @@ class M2PTAttention(nn.Module, BaseTunerLayer):
         return [self.m2pt_prompt[name] for name in self.active_adapters if name in self.m2pt_prompt]
 
     def _rows(self, prompts: Sequence[M2PTPrompt], arguments: dict[str, Any]) -> Rows:
-        """Returns key and value of the prompts. Without gradients they are computed once and kept."""
+        """
+        Returns key and value of the prompts.
+
+        Decoding, one token at a time on top of a cache, goes on with those of the step before. All other calls compute
+        them anew, which costs little for many tokens, and lets no change of a weight go unseen.
+        """
         if torch.is_grad_enabled():
             self._kept = None
             return self._record(prompts, arguments)
         tokens = arguments[self._argument_names[0]]
+        decoding = tokens.shape[-2] == 1 and any(arguments.get(name) is not None for name in CACHE_ARGUMENTS)
         device_type = tokens.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         key = (tokens.dtype, tokens.device, autocast, *(id(prompt.weight) for prompt in prompts))
         kept = self._kept
-        if kept is None or not kept.holds_for(key):
+        if not decoding or kept is None or not kept.holds_for(key):
             norm = getattr(self.site.block, self.site.norm)
-            sources = [module.parameters() for module in (*prompts, norm, self.base_layer)]
-            kept = _KeptRows(self._record(prompts, arguments), key, [p for source in sources for p in source])
-            self._kept = kept
+            sources = [source for module in (*prompts, norm, self.base_layer) for source in module.parameters()]
+            kept = self._kept = _KeptRows(self._record(prompts, arguments), key, sources)
         return kept.rows
 
     def _record(self, prompts: Sequence[M2PTPrompt], arguments: dict[str, Any]) -> Rows:
@@ -162,16 +168,8 @@ class M2PTAttention(nn.Module, BaseTunerLayer):
         return inspect.unwrap(type(rotary).forward)(rotary, hidden_states, position_ids)
 
     def _apply(self, *args: Any, **kwargs: Any) -> M2PTAttention:
-        self._kept = None
+        self._kept = None  # computed from weights that are about to move or change their dtype
         return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._kept = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> M2PTAttention:
-        self._kept = None
-        return super().train(mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(NOT_MERGEABLE)

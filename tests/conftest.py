@@ -1,0 +1,11 @@
+import pytest
+import torch
+
+
+# Models here are far too small to gain from threads.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)

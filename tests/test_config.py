@@ -1,0 +1,133 @@
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+from models import make_llava
+from peft import PeftConfig, PeftType, get_peft_model
+
+from peft_m2pt import M2PTAttention, M2PTConfig
+
+
+FULL = {
+    "num_visual_tokens": 5,
+    "num_textual_tokens": 0,
+    "visual_layers": [0, -1],
+    "textual_layers": "top_half",
+    "init_prompts": "normal",
+    "init_std": 0.1,
+    "exclude_modules": ["layers.1.self_attn"],
+    "modules_to_save": ["lm_head"],
+    "vision_encoder": "model.vision_tower",
+    "text_decoder": "model.language_model",
+    "connector": "model.multi_modal_projector",
+}
+
+
+def test_defaults():
+    config = M2PTConfig()
+    assert (config.num_visual_tokens, config.num_textual_tokens) == (20, 10)
+    assert config.task_type is None
+    assert config.peft_type is PeftType.M2PT
+    assert not config.is_prompt_learning
+    assert not hasattr(config, "num_virtual_tokens")
+
+
+@pytest.mark.parametrize("values", [{}, FULL], ids=["defaults", "all fields"])
+@pytest.mark.parametrize("load", [M2PTConfig.from_pretrained, PeftConfig.from_pretrained])
+def test_json_round_trip(tmp_path, values, load):
+    config = M2PTConfig(**values)
+    config.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is M2PTConfig
+    assert loaded == config
+    assert loaded.peft_type is PeftType.M2PT
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies(duplicate):
+    config = M2PTConfig(**FULL)
+    get_peft_model(make_llava(), config)
+    assert duplicate(config) == config
+    assert duplicate(config).to_dict() == config.to_dict()
+
+
+def test_unknown_keys_of_later_versions_warn(tmp_path):
+    config = M2PTConfig(**FULL)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "field_of_the_future": 1}))
+    with pytest.warns(UserWarning, match="field_of_the_future"):
+        assert PeftConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize("layers", [(0, 2), range(2), {1, 0}])
+def test_sequences_become_lists(layers):
+    assert M2PTConfig(visual_layers=layers).visual_layers == sorted(layers)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"num_visual_tokens": -1}, "num_visual_tokens=-1 is negative"),
+        ({"num_textual_tokens": 2.5}, "num_textual_tokens=2.5 is not an integer"),
+        ({"num_textual_tokens": True}, "num_textual_tokens=True is not an integer"),
+        ({"num_visual_tokens": "20"}, "num_visual_tokens='20' is not an integer"),
+        ({"num_visual_tokens": None}, "num_visual_tokens=None is not an integer"),
+        ({"num_visual_tokens": 0, "num_textual_tokens": 0}, "num_visual_tokens=0 and num_textual_tokens=0"),
+        ({"visual_layers": "middle"}, "visual_layers='middle' is unknown"),
+        ({"textual_layers": [0, 1.0]}, "textual_layers=[0, 1.0] is neither"),
+        ({"textual_layers": 3}, "textual_layers=3 is neither"),
+        ({"textual_layers": []}, "textual_layers=[] chooses no layer"),
+        ({"visual_layers": [1, 1]}, "visual_layers=[1, 1] names a layer twice"),
+        ({"init_prompts": "zeros"}, "init_prompts='zeros' is unknown"),
+        ({"init_prompts": "vocabulary", "num_textual_tokens": 0}, "init_prompts='vocabulary'"),
+        ({"init_std": 0}, "init_std=0 is not a finite number above 0"),
+        ({"init_std": float("nan")}, "init_std=nan is not a finite number above 0"),
+        ({"init_std": "0.1"}, "init_std='0.1' is not a finite number above 0"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' is not a list"),
+        ({"exclude_modules": [1]}, "exclude_modules=[1] is not a list"),
+        ({"vision_encoder": 1}, "vision_encoder=1 is not a module path"),
+        ({"text_decoder": ""}, "text_decoder='' is not a module path"),
+        ({"connector": []}, "connector=[] is not a module path"),
+        ({"task_type": "NONSENSE"}, "NONSENSE"),
+    ],
+    ids=str,
+)
+def test_bad_values(values, message):
+    with pytest.raises(ValueError) as error:
+        M2PTConfig(**values)
+    assert message in str(error.value)
+
+
+def test_every_field_is_documented():
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    for field in dataclasses.fields(M2PTConfig):
+        if field.name not in inherited:
+            assert f"        {field.name} (`" in M2PTConfig.__doc__, field.name
+            assert field.metadata["help"], field.name
+
+
+@pytest.mark.parametrize(
+    "choice, visual, textual",
+    [
+        (None, [0, 1, 2], [0, 1, 2]),
+        ("first", [0], [0]),
+        ("odd", [1], [1]),
+        ("bottom_half", [0], [0]),
+        ("top_half", [1, 2], [1, 2]),
+        ([0, 2], [0, 2], [0, 2]),
+        ([-1], [2], [2]),
+        ([2, 0], [0, 2], [0, 2]),
+        ([-3, 0], [0], [0]),
+    ],
+    ids=str,
+)
+def test_layers(choice, visual, textual):
+    peft_model = get_peft_model(make_llava(), M2PTConfig(visual_layers=choice, textual_layers=choice))
+    chosen = {"visual": [], "textual": []}
+    for module in peft_model.modules():
+        if isinstance(module, M2PTAttention):
+            chosen[module.site.kind].append(module.site.layer)
+    assert chosen == {"visual": visual, "textual": textual}

@@ -1,0 +1,56 @@
+"""How new prompts are initialised."""
+
+import math
+
+import pytest
+import torch
+from models import IMAGE_TOKEN, PAD_TOKEN, make_llava, prompts_of
+from peft import get_peft_model
+
+from peft_m2pt import M2PTConfig
+
+
+def prompts(**kwargs):
+    peft_model = get_peft_model(make_llava(), M2PTConfig(num_visual_tokens=40, num_textual_tokens=50, **kwargs))
+    groups = {"visual": [], "textual": []}
+    for name, prompt in prompts_of(peft_model).items():
+        groups["visual" if "vision_tower" in name else "textual"].append(prompt.detach())
+    return peft_model, groups
+
+
+def test_xavier_uniform_on_the_shape_of_the_paper():
+    _, groups = prompts()
+    for kind, n, width in (("visual", 40, 32), ("textual", 50, 48)):
+        values = torch.stack(groups[kind])
+        bound = math.sqrt(6 / ((n + 1) * width))
+        assert 0.99 * bound < values.abs().max() <= bound
+        assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_normal():
+    _, groups = prompts(init_prompts="normal", init_std=0.3)
+    for group in groups.values():
+        assert torch.stack(group).std().item() == pytest.approx(0.3, rel=0.05)
+
+
+def test_vocabulary():
+    peft_model, groups = prompts(init_prompts="vocabulary")
+    embeddings = peft_model.get_input_embeddings().weight
+    for prompt in groups["textual"]:
+        distance = torch.cdist(prompt, embeddings)
+        tokens = distance.argmin(1)
+        assert torch.equal(prompt, embeddings[tokens])
+        assert not set(tokens.tolist()) & {PAD_TOKEN, 1, 2, IMAGE_TOKEN}
+        assert len(set(tokens.tolist())) > 20
+    bound = math.sqrt(6 / (41 * 32))
+    assert torch.stack(groups["visual"]).abs().max() <= bound
+
+
+def test_layers_differ_and_seeds_repeat():
+    torch.manual_seed(7)
+    _, first = prompts()
+    torch.manual_seed(7)
+    _, second = prompts()
+    for kind in ("visual", "textual"):
+        assert all(torch.equal(a, b) for a, b in zip(first[kind], second[kind]))
+        assert not torch.equal(first[kind][0], first[kind][1])

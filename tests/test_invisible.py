@@ -1,0 +1,129 @@
+"""Nothing outside of the attention modules sees prompts: outputs and caches keep the lengths of the base model."""
+
+import pytest
+import torch
+from models import IMAGE_TOKEN, adapt, make_inputs, make_llava, without_labels
+
+
+NUM_TEXTUAL, NUM_VISUAL = 3, 4
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_outputs_have_the_shapes_of_the_base_model(attn):
+    inputs = make_inputs("left")
+    arguments = {"output_hidden_states": True, "output_attentions": attn == "eager"}
+    base = make_llava(attn=attn)(**inputs, **arguments)
+    ours = adapt(make_llava(attn=attn))(**inputs, **arguments)
+    assert ours.logits.shape == base.logits.shape
+    assert ours.image_hidden_states.shape == base.image_hidden_states.shape
+    assert [state.shape for state in ours.hidden_states] == [state.shape for state in base.hidden_states]
+    assert ours.past_key_values.get_seq_length() == base.past_key_values.get_seq_length()
+    if attn == "eager":
+        # The one place where prompts show: what each token gives to them stands in columns on the left.
+        assert len(ours.attentions) == len(base.attentions) == 3
+        for with_prompts, without in zip(ours.attentions, base.attentions):
+            assert with_prompts.shape == (*without.shape[:-1], NUM_TEXTUAL + without.shape[-1])
+            torch.testing.assert_close(with_prompts.sum(-1), torch.ones(without.shape[:-1]))
+
+
+def test_attentions_of_the_vision_encoder():
+    model = make_llava(attn="eager")
+    pixel_values = make_inputs()["pixel_values"]
+    adapt(model)
+    attentions = model.model.vision_tower(pixel_values, output_attentions=True).attentions
+    # Three live layers with prompts and the last one without.
+    assert [attention.shape[-1] for attention in attentions] == [5 + NUM_VISUAL] * 3 + [5]
+
+
+def test_no_entry_twice_when_hooks_were_there_before():
+    model = make_llava(attn="eager")
+    inputs = make_inputs()
+    model(**inputs, output_attentions=True)
+    assert len(adapt(model)(**inputs, output_attentions=True).attentions) == 3
+
+
+GENERATION = {
+    "greedy": {},
+    "static cache": {"cache_implementation": "static"},
+    "beam search": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beam sampling": {"num_beams": 2, "do_sample": True},
+    "several sequences": {"do_sample": True, "num_return_sequences": 2},
+    "repetition penalty": {"repetition_penalty": 1.3},
+}
+
+
+def generate(peft_model, inputs, **kwargs):
+    torch.manual_seed(3)
+    inputs = without_labels(inputs)
+    # A generated image token would ask for an image.
+    kwargs = {
+        "do_sample": False,
+        "eos_token_id": None,
+        "max_new_tokens": 6,
+        "suppress_tokens": [IMAGE_TOKEN],
+        **kwargs,
+    }
+    return peft_model.generate(**inputs, **kwargs)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
+def test_generation_with_a_cache_equals_generation_without(options, attn):
+    peft_model = adapt(make_llava(text="mistral", attn=attn))
+    inputs = make_inputs("left")
+    without = generate(peft_model, inputs, use_cache=False, **{**options, "cache_implementation": None})
+    assert torch.equal(generate(peft_model, inputs, **options), without)
+
+
+def test_greedy_generation_equals_teacher_forcing():
+    peft_model = adapt(make_llava())
+    inputs = make_inputs("left")
+    sequences = generate(peft_model, inputs)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 6, dtype=torch.long)], dim=1)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = peft_model(
+        input_ids=sequences, attention_mask=mask, position_ids=position_ids, pixel_values=inputs["pixel_values"]
+    ).logits
+    assert torch.equal(logits[:, 13:-1].argmax(-1), sequences[:, 14:])
+
+
+def test_generation_from_embeddings():
+    peft_model = adapt(make_llava())
+    inputs = without_labels(make_inputs(images=False))
+    tokens = generate(peft_model, inputs)[:, 14:]
+    embeddings = peft_model.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(peft_model(inputs_embeds=embeddings).logits, peft_model(inputs["input_ids"]).logits)
+    generated = generate(peft_model, {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]})
+    assert torch.equal(generated, tokens)
+
+
+def test_a_padded_sample_equals_the_sample_alone():
+    peft_model = adapt(make_llava())
+    inputs = make_inputs("left")
+    together = generate(peft_model, inputs)[1, 14:]
+    alone = {
+        "input_ids": inputs["input_ids"][1:, 4:],
+        "attention_mask": inputs["attention_mask"][1:, 4:],
+        "pixel_values": inputs["pixel_values"][1:],
+    }
+    assert torch.equal(generate(peft_model, alone)[0, 10:], together)
+
+
+def test_a_prompt_in_several_turns():
+    # Prefill on top of a cache: more keys than queries, and more than one query.
+    peft_model = adapt(make_llava())
+    input_ids = make_inputs(images=False)["input_ids"]
+    with torch.no_grad():
+        whole = peft_model(input_ids=input_ids).logits
+        first = peft_model(input_ids=input_ids[:, :9], use_cache=True)
+        rest = peft_model(input_ids=input_ids[:, 9:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_other_models_are_not_touched():
+    inputs = make_inputs("left")
+    expected = {attn: make_llava(attn=attn)(**inputs).logits for attn in ("eager", "sdpa")}
+    for attn, logits in expected.items():
+        adapt(make_llava(attn=attn))(**inputs)
+        assert torch.equal(make_llava(attn=attn)(**inputs).logits, logits)

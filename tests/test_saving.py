@@ -1,0 +1,152 @@
+"""Saving and loading, and adapters that do not fit."""
+
+import json
+import re
+
+import pytest
+import torch
+from models import adapt, make_inputs, make_llava, prompts_of
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from peft_m2pt import M2PTConfig
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    peft_model = adapt(make_llava())
+    peft_model.save_pretrained(tmp_path)
+    return peft_model, tmp_path
+
+
+def test_layout_is_that_of_peft(saved):
+    peft_model, folder = saved
+    names = {name.replace(".default.weight", ".weight") for name in prompts_of(peft_model)}
+    assert load_file(folder / WEIGHTS).keys() == names
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "M2PT"
+    assert config["task_type"] is None
+    assert config["auto_mapping"]["base_model_class"] == "LlavaForConditionalGeneration"
+    assert "target_modules" not in config
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_round_trip(saved, is_trainable, low_cpu_mem_usage):
+    peft_model, folder = saved
+    inputs = make_inputs("left")
+    loaded = PeftModel.from_pretrained(
+        make_llava(), folder, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    for name, prompt in prompts_of(loaded).items():
+        assert torch.equal(prompt, prompts_of(peft_model)[name])
+        assert prompt.requires_grad == is_trainable
+    assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
+    if is_trainable:
+        loaded(**inputs).loss.backward()
+        assert all(prompt.grad.abs().max() > 0 for prompt in prompts_of(loaded).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_round_trip_on_a_half_precision_base(tmp_path, dtype):
+    peft_model = adapt(make_llava().to(dtype))
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llava().to(dtype), tmp_path)
+    inputs = make_inputs()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
+    assert {prompt.dtype for prompt in prompts_of(loaded).values()} == {torch.float32}
+
+
+def test_modules_to_save_are_saved(tmp_path):
+    peft_model = adapt(make_llava(), modules_to_save=["lm_head", "multi_modal_projector"])
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    peft_model.save_pretrained(tmp_path)
+    inputs = make_inputs()
+    loaded = PeftModel.from_pretrained(make_llava(), tmp_path)
+    assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(**inputs).logits, make_llava()(**inputs).logits)
+
+
+def test_another_name_and_a_second_adapter(saved):
+    peft_model, folder = saved
+    inputs = make_inputs()
+    loaded = PeftModel.from_pretrained(make_llava(), folder, adapter_name="first")
+    loaded.load_adapter(folder, adapter_name="second")
+    expected = peft_model(**inputs).logits
+    assert torch.equal(loaded(**inputs).logits, expected)
+    loaded.set_adapter("second")
+    assert torch.equal(loaded(**inputs).logits, expected)
+    loaded.delete_adapter("first")
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def test_loading_over_an_adapter(saved):
+    peft_model, _ = saved
+    other = get_peft_model(make_llava(), M2PTConfig(num_visual_tokens=4, num_textual_tokens=3))
+    set_peft_model_state_dict(other, get_peft_model_state_dict(peft_model))
+    inputs = make_inputs()
+    assert torch.equal(other(**inputs).logits, peft_model(**inputs).logits)
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(folder, *parts, model=None):
+    with pytest.raises(ValueError) as error:
+        PeftModel.from_pretrained(model or make_llava(), folder)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_other_numbers_of_prompts_are_refused(saved):
+    _, folder = saved
+    change_config(folder, num_visual_tokens=7, num_textual_tokens=2)
+    refused(
+        folder,
+        "The weights of adapter 'default' do not fit the model",
+        "visual prompt of layer 0 ('model.vision_tower.encoder.layers.0.self_attn'): "
+        "expected shape [7, 32], found shape [4, 32]",
+        "textual prompt of layer 2 ('model.language_model.layers.2.self_attn'): "
+        "expected shape [2, 48], found shape [3, 48]",
+    )
+
+
+def test_missing_prompts_are_refused(saved):
+    _, folder = saved
+    weights = load_file(folder / WEIGHTS)
+    missing = next(name for name in weights if "language_model.layers.1" in name)
+    save_file({name: weight for name, weight in weights.items() if name != missing}, folder / WEIGHTS)
+    refused(folder, "textual prompt of layer 1", "expected shape [3, 48], found nothing")
+
+
+def test_surplus_prompts_are_refused(saved):
+    _, folder = saved
+    change_config(folder, visual_layers=[0, 1])
+    refused(
+        folder, "vision_tower.encoder.layers.2.self_attn.m2pt_prompt.weight': expected nothing, found shape [4, 32]"
+    )
+
+
+def test_the_adapter_of_another_model_is_refused(saved):
+    _, folder = saved
+    other = make_llava(vision_feature_layer=-1)
+    refused(folder, "visual prompt of layer 3", "expected shape [4, 32], found nothing", model=other)
+
+
+def test_long_lists_of_problems_are_cut(saved):
+    _, folder = saved
+    save_file({f"base_model.model.unknown.{i}": torch.zeros(1) for i in range(20)}, folder / WEIGHTS)
+    with pytest.raises(ValueError) as error:
+        PeftModel.from_pretrained(make_llava(), folder)
+    assert re.search(r"\n- and 18 more\n", str(error.value))
