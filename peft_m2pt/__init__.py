@@ -5,14 +5,16 @@ Importing this package registers the method with PEFT, nothing more.
 """
 
 from .config import M2PTConfig
+from .connector import M2PTConnector
 from .errors import UnsupportedModelError
 from .layer import M2PTAttention
 from .model import M2PTModel
+from .processing import adapt_processor
 from .register import register
 
 
 __version__ = "0.1.0"
 
-__all__ = ["M2PTAttention", "M2PTConfig", "M2PTModel", "UnsupportedModelError"]
+__all__ = ["M2PTAttention", "M2PTConfig", "M2PTConnector", "M2PTModel", "UnsupportedModelError", "adapt_processor"]
 
 register(M2PTConfig, M2PTModel)

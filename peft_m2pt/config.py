@@ -10,7 +10,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 
-PLACEMENTS = ("first", "odd", "top_half", "bottom_half")
+LAYERS = ("first", "odd", "top_half", "bottom_half")
+PLACEMENTS = ("layers", "image")
 INITS = ("xavier_uniform", "normal", "vocabulary")
 
 
@@ -28,6 +29,20 @@ class M2PTConfig(PeftConfig):
         num_textual_tokens (`int`, defaults to 10):
             Prompt vectors in each layer of the language model. 0 leaves the language model untouched. Visual and
             textual prompts cannot both be switched off.
+        num_interaction_tokens (`int`, *optional*):
+            Interaction prompts: vectors of the vision encoder's width that go through the connector into the language
+            model. `None` (default): as many as `num_visual_tokens` if the model has both kinds of prompts and its
+            connector allows it, else 0.
+        interaction_placement (`str`, defaults to `"layers"`):
+            Where interaction prompts go. "layers": each layer of the language model has its own, which become textual
+            prompt rows there; it works with every connector that maps tokens to tokens. "image": one set, in front of
+            the image features that enter the connector, so that every image has that many more tokens. This is the
+            paper's; the processor must know, see [`adapt_processor`].
+        tune_connector (`bool`, defaults to `True`):
+            Train a copy of the connector, the paper's interaction layer. Careful: in models with a big connector, this
+            is most of the adapter (21 million parameters in LLaVA-1.5-7B); see `connector_rank`.
+        connector_rank (`int`, *optional*):
+            Train an update of this rank of each linear layer of the connector, instead of a full copy.
         visual_layers (`list[int]` or `str`, *optional*):
             The layers of the vision encoder that get prompts. `None` (default): all *live* layers, that is all whose
             output the model reads (LLaVA with `vision_feature_layer=-2` ignores the last one). A list holds layer
@@ -77,13 +92,26 @@ class M2PTConfig(PeftConfig):
     num_textual_tokens: int = field(
         default=10, metadata={"help": "Prompt vectors in each layer of the language model, 0 for none."}
     )
+    num_interaction_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Prompt vectors that go through the connector. None: as many as visual ones, if possible."},
+    )
+    interaction_placement: str = field(
+        default="layers", metadata={"help": f"Where interaction prompts go, one of {PLACEMENTS}."}
+    )
+    tune_connector: bool = field(
+        default=True, metadata={"help": "Train a copy of the connector, often the biggest part of the adapter."}
+    )
+    connector_rank: int | None = field(
+        default=None, metadata={"help": "Rank of a low-rank update to train instead of a copy of the connector."}
+    )
     visual_layers: list[int] | str | None = field(
         default=None,
-        metadata={"help": f"Vision layers with prompts: None (all live ones), indices, or one of {PLACEMENTS}."},
+        metadata={"help": f"Vision layers with prompts: None (all live ones), indices, or one of {LAYERS}."},
     )
     textual_layers: list[int] | str | None = field(
         default=None,
-        metadata={"help": f"Language model layers with prompts: None (all), indices, or one of {PLACEMENTS}."},
+        metadata={"help": f"Language model layers with prompts: None (all), indices, or one of {LAYERS}."},
     )
     init_prompts: str = field(
         default="xavier_uniform", metadata={"help": f"How prompts are initialised, one of {INITS}."}
@@ -118,6 +146,7 @@ class M2PTConfig(PeftConfig):
             raise ValueError(
                 "num_visual_tokens=0 and num_textual_tokens=0 leave nothing to tune. Set at least one above 0."
             )
+        self._check_interaction()
         for name in ("visual_layers", "textual_layers"):
             setattr(self, name, _checked_layers(name, getattr(self, name)))
         if self.init_prompts not in INITS:
@@ -135,6 +164,65 @@ class M2PTConfig(PeftConfig):
             path = getattr(self, name)
             if path is not None and (not isinstance(path, str) or not path):
                 raise ValueError(f"{name}={path!r} is not a module path, such as 'model.vision_tower'.")
+
+    def _check_interaction(self) -> None:
+        if self.num_interaction_tokens is not None:
+            _check_count("num_interaction_tokens", self.num_interaction_tokens)
+        if self.interaction_placement not in PLACEMENTS:
+            raise ValueError(
+                f"interaction_placement={self.interaction_placement!r} is unknown. Choose one of {PLACEMENTS}."
+            )
+        if not isinstance(self.tune_connector, bool):
+            raise ValueError(f"tune_connector={self.tune_connector!r} is neither True nor False.")
+        if self.connector_rank is not None:
+            if not _is_index(self.connector_rank) or self.connector_rank < 1:
+                raise ValueError(
+                    f"connector_rank={self.connector_rank!r} is not an integer above 0. Use None for a full copy of "
+                    f"the connector, and tune_connector=False to leave it as it is."
+                )
+            if not self.tune_connector:
+                raise ValueError(
+                    f"connector_rank={self.connector_rank} says how to tune the connector, but tune_connector=False."
+                )
+
+    @property
+    def wanted_interaction_tokens(self) -> int:
+        """Number of interaction prompts, if the connector allows them."""
+        if self.num_interaction_tokens is not None:
+            return self.num_interaction_tokens
+        return self.num_visual_tokens if self.num_textual_tokens > 0 else 0
+
+    @classmethod
+    def paper(cls, num_visual_tokens: int = 20, num_textual_tokens: int = 10, **kwargs: Any) -> M2PTConfig:
+        """
+        The configuration of the paper, as its official code computes it.
+
+        The official code takes the visual prompts of the last vision layer, raw and without the first of them, as
+        additional tokens of every image. So there is one interaction prompt less than there are visual prompts, in
+        placement "image", and the connector is tuned. For its exact numbers the model needs
+        `vision_feature_select_strategy="full"`, since that code keeps the class token where it drops the prompt, and
+        the processor needs [`adapt_processor`].
+
+        Args:
+            num_visual_tokens (`int`, defaults to 20):
+                Prompt vectors in each layer of the vision encoder. The paper uses 10 or 20.
+            num_textual_tokens (`int`, defaults to 10):
+                Prompt vectors in each layer of the language model.
+            kwargs (*optional*):
+                Other fields of [`M2PTConfig`].
+
+        Returns:
+            [`M2PTConfig`]
+        """
+        defaults = {
+            "num_interaction_tokens": max(num_visual_tokens - 1, 0),
+            "interaction_placement": "image",
+            "tune_connector": True,
+            "init_prompts": "xavier_uniform",
+        }
+        return cls(
+            num_visual_tokens=num_visual_tokens, num_textual_tokens=num_textual_tokens, **{**defaults, **kwargs}
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -156,11 +244,11 @@ def _checked_layers(name: str, value: Any) -> list[int] | str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if value not in PLACEMENTS:
-            raise ValueError(f"{name}={value!r} is unknown. Choose one of {PLACEMENTS}, a list of indices, or None.")
+        if value not in LAYERS:
+            raise ValueError(f"{name}={value!r} is unknown. Choose one of {LAYERS}, a list of indices, or None.")
         return value
     if not isinstance(value, (list, tuple, range, set)) or not all(map(_is_index, value)):
-        raise ValueError(f"{name}={value!r} is neither a list of layer indices nor one of {PLACEMENTS} nor None.")
+        raise ValueError(f"{name}={value!r} is neither a list of layer indices nor one of {LAYERS} nor None.")
     if not value:
         raise ValueError(f"{name}={value!r} chooses no layer. Use None for all layers, or 0 tokens for no prompts.")
     if len(set(value)) < len(value):

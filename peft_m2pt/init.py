@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .anatomy import Site
+from .anatomy import Connector, Site
+from .base import M2PTPrompt
 from .config import M2PTConfig
 
 
@@ -38,24 +39,24 @@ class PromptInitialiser:
                     )
 
     @torch.no_grad()
-    def __call__(self, prompt: torch.Tensor, site: Site) -> None:
+    def __call__(self, prompt: M2PTPrompt, site: Site | Connector) -> None:
         """
         Fills a prompt in place.
 
         Args:
-            prompt (`torch.Tensor` of shape `(num_tokens, width)`):
+            prompt ([`~peft_m2pt.base.M2PTPrompt`]):
                 The prompt.
-            site ([`~peft_m2pt.anatomy.Site`]):
-                The attention module that it belongs to.
+            site ([`~peft_m2pt.anatomy.Site`] or [`~peft_m2pt.anatomy.Connector`]):
+                What it belongs to: an attention module or, for interaction prompts, the connector.
         """
         if self.config.init_prompts == "normal":
-            nn.init.normal_(prompt, std=self.config.init_std)
+            nn.init.normal_(prompt.weight, std=self.config.init_std)
         elif self.config.init_prompts == "vocabulary" and site.kind == "textual":
-            token_ids = self.token_ids[torch.randint(len(self.token_ids), (prompt.shape[0],))]
-            prompt.copy_(self.embedding(token_ids.to(self.embedding.weight.device)))
+            token_ids = self.token_ids[torch.randint(len(self.token_ids), (prompt.num_tokens,))]
+            prompt.weight.copy_(self.embedding(token_ids.to(self.embedding.weight.device)))
         else:
             # On shape [1, n, D], as the official code has it: a = sqrt(6 / ((n + 1) * D)).
-            nn.init.xavier_uniform_(prompt[None])
+            nn.init.xavier_uniform_(prompt.weight[None])
 
 
 def _ordinary_token_ids(model: nn.Module) -> torch.Tensor:

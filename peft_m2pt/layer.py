@@ -1,4 +1,4 @@
-"""Where prompts live: a wrapper around each adapted self-attention module."""
+"""Where prompts live: the wrapper around each adapted self-attention module."""
 
 from __future__ import annotations
 
@@ -7,60 +7,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .anatomy import Site
+from .anatomy import Connector, Site
 from .attention import Rows, attending, extend_attention_function, record_rows
+from .base import M2PTLayer, M2PTPrompt
+from .connector import project
 
-
-NOT_MERGEABLE = (
-    "M2PT cannot be merged into the base weights: prompts are additional keys and values that every token attends "
-    "to, not a change of any weight. Keep the adapter beside the model (it adds about 0.1% of its parameters), or "
-    "remove it with `unload()`."
-)
 
 # Arguments of attention modules that speak of the tokens, and must not reach a pass over prompt rows.
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value")
 TOKEN_ARGUMENTS = ("attention_mask", "cache_position", "use_cache", *CACHE_ARGUMENTS)
 
 
-class M2PTPrompt(nn.Module):
-    """
-    The prompt of one adapter in one layer.
-
-    It is a module that is called, not a bare parameter, since sharded training gathers the parameters of a module when
-    it is called.
-
-    Args:
-        num_tokens (`int`):
-            Number n of prompt vectors.
-        width (`int`):
-            Their width D.
-    """
-
-    def __init__(self, num_tokens: int, width: int) -> None:
-        super().__init__()
-        self.num_tokens = num_tokens
-        self.width = width
-        self.weight = nn.Parameter(torch.empty(num_tokens, width))
-
-    def forward(self) -> torch.Tensor:
-        """Returns the prompt, a `torch.Tensor` of shape `(num_tokens, width)`."""
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return f"num_tokens={self.num_tokens}, width={self.width}"
-
-
-class M2PTAttention(nn.Module, BaseTunerLayer):
+class M2PTAttention(M2PTLayer):
     """
     A self-attention module with prompts.
 
-    For layer i with prompt P of shape `[n, D]` (equations of the paper, arXiv 2409.15657, section 3, in the form in
+    For a layer with prompt P of shape `[n, D]` (equations of the paper, arXiv 2409.15657, section 3, in the form in
     which they act):
 
         K = [W_k LN(P) ; K_tokens],  V = [W_v LN(P) ; V_tokens],  output = softmax(Q_tokens K^T / sqrt(d)) V
+
+    In the language model, interaction prompts V of the vision encoder's width can stand behind those of the layer's
+    own width: P becomes [P ; f_in(V)], where f_in is the connector.
 
     The module's own code computes the rows of K and V, including what its family does to keys: norms, rotary, grouped
     or fused projections.
@@ -70,48 +40,65 @@ class M2PTAttention(nn.Module, BaseTunerLayer):
             The attention module and its surroundings.
     """
 
-    adapter_layer_names = ("m2pt_prompt",)
+    adapter_layer_names = ("m2pt_prompt", "m2pt_interaction")
 
     def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.base_layer = site.attention
+        super().__init__(site.attention)
         self.site = site
         self.m2pt_prompt = nn.ModuleDict()
+        self.m2pt_interaction = nn.ModuleDict()
         self._argument_names = list(inspect.signature(type(site.attention).forward).parameters)[1:]
         self._kept: _KeptRows | None = None
 
-    def update_layer(self, adapter_name: str, num_tokens: int, init: Callable[[torch.Tensor, Site], None]) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        site: Site,
+        num_tokens: int,
+        num_interaction_tokens: int,
+        init: Callable[[M2PTPrompt, Site | Connector], None],
+    ) -> None:
         """
-        Adds a prompt for an adapter.
+        Adds prompts for an adapter.
 
         Args:
             adapter_name (`str`):
                 Name of the adapter.
+            site ([`~peft_m2pt.anatomy.Site`]):
+                The attention module and its surroundings, with the connector if there are interaction prompts.
             num_tokens (`int`):
-                Number of prompt vectors.
+                Number of prompt vectors of the layer's own width.
+            num_interaction_tokens (`int`):
+                Number of prompt vectors that the connector brings to this width.
             init (`Callable`):
-                Fills a prompt, a `torch.Tensor` of shape `(num_tokens, width)`, in place for a site.
+                Fills a prompt in place, for a site.
         """
-        prompt = M2PTPrompt(num_tokens, self.site.width)
-        init(prompt.weight, self.site)
-        self.m2pt_prompt[adapter_name] = prompt
+        if num_tokens > 0:
+            self.m2pt_prompt[adapter_name] = M2PTPrompt(num_tokens, self.site.width)
+            init(self.m2pt_prompt[adapter_name], self.site)
+        if num_interaction_tokens > 0:
+            self.site, connector = site, site.connector
+            prompt = M2PTPrompt(num_interaction_tokens * connector.rows_per_token, connector.width)
+            self.m2pt_interaction[adapter_name] = prompt
+            init(prompt, connector)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base layer, which attends to the prompts of the active adapters besides its own tokens."""
-        prompts = [] if self.disable_adapters else self._active_prompts()
-        if not prompts:
+        adapters = [] if self.disable_adapters else self._adapters(self.active_adapters)
+        if not adapters:
             return self.base_layer(*args, **kwargs)
         extend_attention_function(self.base_layer, self.site.path)
-        rows = self._rows(prompts, dict(zip(self._argument_names, args), **kwargs))
+        rows = self._rows(adapters, dict(zip(self._argument_names, args), **kwargs))
         with attending(self.base_layer, self.site.path, rows):
             return self.base_layer(*args, **kwargs)
 
-    def _active_prompts(self) -> list[M2PTPrompt]:
-        return [self.m2pt_prompt[name] for name in self.active_adapters if name in self.m2pt_prompt]
+    def describe_weight(self, layer_name: str, name: str) -> str:
+        kind = "interaction" if layer_name == "m2pt_interaction" else self.site.kind
+        return f"{kind} prompt of layer {self.site.layer}"
 
-    def _rows(self, prompts: Sequence[M2PTPrompt], arguments: dict[str, Any]) -> Rows:
+    def _rows(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
         """
         Returns key and value of the prompts.
 
@@ -120,29 +107,35 @@ class M2PTAttention(nn.Module, BaseTunerLayer):
         """
         if torch.is_grad_enabled():
             self._kept = None
-            return self._record(prompts, arguments)
+            return self._record(adapters, arguments)
         tokens = arguments[self._argument_names[0]]
         decoding = tokens.shape[-2] == 1 and any(arguments.get(name) is not None for name in CACHE_ARGUMENTS)
         device_type = tokens.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        key = (tokens.dtype, tokens.device, autocast, *(id(prompt.weight) for prompt in prompts))
+        key = (tokens.dtype, tokens.device, autocast, *adapters)
         kept = self._kept
         if not decoding or kept is None or not kept.holds_for(key):
-            norm = getattr(self.site.block, self.site.norm)
-            sources = [source for module in (*prompts, norm, self.base_layer) for source in module.parameters()]
-            kept = self._kept = _KeptRows(self._record(prompts, arguments), key, sources)
+            kept = self._kept = _KeptRows(self._record(adapters, arguments), key, self._sources(adapters))
         return kept.rows
 
-    def _record(self, prompts: Sequence[M2PTPrompt], arguments: dict[str, Any]) -> Rows:
+    def _sources(self, adapters: Sequence[str]) -> list[torch.Tensor]:
+        """The weights from which key and value of the prompts are computed."""
+        modules = [getattr(self.site.block, self.site.norm), self.base_layer]
+        for name in adapters:
+            modules += [prompts[name] for prompts in (self.m2pt_prompt, self.m2pt_interaction) if name in prompts]
+        if self.site.connector is not None:
+            modules.append(self.site.connector.module)
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def _record(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
         """Lets the base layer compute key and value of the prompts, in a batch of 1."""
         hidden_states_name = self._argument_names[0]
         tokens = arguments[hidden_states_name]
-        hidden_states = torch.cat([prompt() for prompt in prompts]).to(tokens.dtype)
-        hidden_states = getattr(self.site.block, self.site.norm)(hidden_states).to(tokens.dtype)
+        prompts = [self._prompt(name, tokens.dtype) for name in adapters]
+        hidden_states = getattr(self.site.block, self.site.norm)(torch.cat(prompts)).to(tokens.dtype)
         hidden_states = hidden_states.reshape(*[1] * (tokens.dim() - 2), *hidden_states.shape)
         # Text prompts stand right in front of the first token, at -n ... -1, each adapter's on its own.
-        positions = [torch.arange(-prompt.num_tokens, 0, device=tokens.device) for prompt in prompts]
-        position_ids = torch.cat(positions)[None]
+        position_ids = torch.cat([torch.arange(-len(prompt), 0, device=tokens.device) for prompt in prompts])[None]
 
         arguments = {name: None if name in TOKEN_ARGUMENTS else value for name, value in arguments.items()}
         arguments[hidden_states_name] = hidden_states
@@ -153,6 +146,16 @@ class M2PTAttention(nn.Module, BaseTunerLayer):
                 hidden_states, position_ids, arguments["position_embeddings"]
             )
         return record_rows(self.base_layer, self.site.path, arguments)
+
+    def _prompt(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The prompt rows of an adapter: [P ; f_in(V)], where f_in is the connector."""
+        rows = []
+        if adapter_name in self.m2pt_prompt:
+            rows.append(self.m2pt_prompt[adapter_name]().to(dtype))
+        if adapter_name in self.m2pt_interaction:
+            interaction = self.m2pt_interaction[adapter_name]().to(dtype)
+            rows.append(project(self.site.connector, interaction, adapter_name))
+        return torch.cat(rows)
 
     def _position_embeddings(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor, of_tokens: tuple[torch.Tensor, torch.Tensor]
@@ -170,34 +173,6 @@ class M2PTAttention(nn.Module, BaseTunerLayer):
     def _apply(self, *args: Any, **kwargs: Any) -> M2PTAttention:
         self._kept = None  # computed from weights that are about to move or change their dtype
         return super()._apply(*args, **kwargs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(NOT_MERGEABLE)
-
-    def unmerge(self) -> None:
-        raise NotImplementedError("M2PT cannot be merged, so there is nothing to unmerge.")
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        # An attention module has no `weight` of its own. Of a quantised one, the norm is what has a dtype.
-        for module in (base_layer, getattr(self.site.block, self.site.norm)):
-            for parameter in module.parameters():
-                if parameter.is_floating_point():
-                    return parameter.device, parameter.dtype
-        return super()._get_base_layer_device_and_dtype(base_layer)
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their attention modules, of which this wrapper has taken the place.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def __repr__(self) -> str:
-        return "m2pt." + super().__repr__()
 
 
 class _KeptRows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .layer import M2PTAttention
+from .base import M2PTLayer
 
 
 MAX_PROBLEMS = 8
@@ -29,17 +29,13 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     """
     problems = []
     for name, module in model.named_modules():
-        if not isinstance(module, M2PTAttention) or adapter_name not in module.m2pt_prompt:
+        if not isinstance(module, M2PTLayer):
             continue
-        prompt = module.m2pt_prompt[adapter_name]
-        expected = (prompt.num_tokens, prompt.width)
-        weight = state_dict.get(f"{name}.m2pt_prompt.{adapter_name}.weight")
-        if weight is None or tuple(weight.shape) != expected:
-            found = "nothing" if weight is None else f"shape {list(weight.shape)}"
-            problems.append(
-                f"{module.site.kind} prompt of layer {module.site.layer} ('{module.site.path}'): expected shape "
-                f"{list(expected)}, found {found}"
-            )
+        for part, weight_name, expected in module.expected_weights(adapter_name):
+            weight = state_dict.get(f"{name}.{weight_name}")
+            if weight is None or tuple(weight.shape) != expected:
+                found = "nothing" if weight is None else f"shape {list(weight.shape)}"
+                problems.append(f"{part} ('{module.site.path}'): expected shape {list(expected)}, found {found}")
     # Models that were injected into, without a `PeftModel` around them, lack its prefix.
     known = model.state_dict().keys()
     problems += [

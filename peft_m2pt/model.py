@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from typing import Any
+
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .anatomy import find_sites
+from .anatomy import find_sites, resolve_interaction
+from .base import NOT_MERGEABLE, M2PTLayer
 from .config import M2PTConfig
+from .connector import M2PTConnector
 from .init import PromptInitialiser
-from .layer import NOT_MERGEABLE, M2PTAttention
+from .layer import M2PTAttention
 from .loading import check_state_dict
 from .register import PREFIX
 from .report import describe
@@ -40,7 +46,7 @@ class M2PTModel(BaseTuner):
     """
 
     prefix = PREFIX
-    tuner_layer_cls = M2PTAttention
+    tuner_layer_cls = M2PTLayer
 
     def describe(self) -> str:
         """
@@ -55,15 +61,35 @@ class M2PTModel(BaseTuner):
         """
         return describe(self.model, self.active_adapters)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # What is filled in for this model stays out of the user's config, which may serve for another one.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: M2PTConfig, model_config: dict) -> M2PTConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: M2PTConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so this is where a model is refused.
         sites = find_sites(model, peft_config)
+        peft_config.num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
+        if peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "layers":
+            sites = [replace(site, connector=self._connector) if site.kind == "textual" else site for site in sites]
         self._initialise = PromptInitialiser(peft_config, model, sites)
         self._sites = {site.path: site for site in sites}
         peft_config.target_modules = set(self._sites)
+        in_image = peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "image"
+        if self._connector is not None and (peft_config.tune_connector or in_image):
+            peft_config.target_modules.add(self._connector.path)
+            self._check_not_excluded(peft_config, self._connector.path)
+
+    def _check_not_excluded(self, peft_config: M2PTConfig, path: str) -> None:
+        if not self._check_target_module_exists(peft_config, path):
+            raise ValueError(
+                f"The connector '{path}' is named by exclude_modules={peft_config.exclude_modules} or "
+                f"modules_to_save={peft_config.modules_to_save}, but the adapter needs it: tune_connector=True trains "
+                f"and saves a copy of it. Do not name it, or set tune_connector=False and num_interaction_tokens=0."
+            )
 
     def _create_and_replace(
         self,
@@ -75,12 +101,39 @@ class M2PTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        site = self._sites[current_key]
-        num_tokens = peft_config.num_visual_tokens if site.kind == "visual" else peft_config.num_textual_tokens
-        if not isinstance(target, M2PTAttention):
-            target = M2PTAttention(site)
-            self._replace_module(parent, target_name, target, site.attention)
-        target.update_layer(adapter_name, num_tokens, self._initialise)
+        in_layers = peft_config.interaction_placement == "layers"
+        num_interaction_tokens = peft_config.num_interaction_tokens
+        if current_key in self._sites:
+            site = self._sites[current_key]
+            if not isinstance(target, M2PTAttention):
+                target = M2PTAttention(site)
+                self._replace_module(parent, target_name, target, site.attention)
+            num_tokens = peft_config.num_visual_tokens if site.kind == "visual" else peft_config.num_textual_tokens
+            num_interaction_tokens = num_interaction_tokens if in_layers and site.kind == "textual" else 0
+            target.update_layer(adapter_name, site, num_tokens, num_interaction_tokens, self._initialise)
+        else:
+            if not isinstance(target, M2PTConnector):
+                connector = target
+                target = M2PTConnector(self._connector)
+                self._replace_module(parent, target_name, target, connector)
+            num_interaction_tokens = 0 if in_layers else num_interaction_tokens
+            if num_interaction_tokens > 0 and target.hook is None:
+                target.hook = self.model.register_forward_pre_hook(target.count_image_tokens, with_kwargs=True)
+            target.update_layer(
+                adapter_name,
+                peft_config.tune_connector,
+                peft_config.connector_rank,
+                num_interaction_tokens,
+                self._initialise,
+            )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        connectors = [module for module in self.model.modules() if isinstance(module, M2PTConnector)]
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for connector in connectors:
+            if connector.hook is not None:
+                connector.hook.remove()
+        return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies the `weight` of what is replaced, which attention modules do not have.

@@ -9,6 +9,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .connector import M2PTConnector
 from .layer import M2PTAttention
 
 
@@ -34,13 +35,19 @@ def describe(model: nn.Module, active_adapters: Sequence[str]) -> str:
     parameters: dict[tuple[str, ...], list[nn.Parameter]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, M2PTAttention):
-            for adapter, prompt in module.m2pt_prompt.items():
-                row = (adapter, module.site.kind, _any_layer(name))
-                layers.setdefault(row, []).append((module.site.layer, prompt.num_tokens))
-                parameters[row] += prompt.parameters()
+            for part, prompts in ((module.site.kind, module.m2pt_prompt), ("interaction", module.m2pt_interaction)):
+                for adapter, prompt in prompts.items():
+                    row = (adapter, part, _any_layer(name))
+                    layers.setdefault(row, []).append((module.site.layer, prompt.num_tokens))
+                    parameters[row] += prompt.parameters()
+        elif isinstance(module, M2PTConnector):
+            for layer_name in module.adapter_layer_names:
+                part = "interaction" if layer_name == "m2pt_interaction" else "connector"
+                for adapter, child in getattr(module, layer_name).items():
+                    parameters[adapter, part, name] += child.parameters()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            for adapter, copy in getattr(module, "modules_to_save", {}).items():
-                parameters[adapter, "modules_to_save", name] += copy.parameters()
+            for adapter, child in getattr(module, "modules_to_save", {}).items():
+                parameters[adapter, "modules_to_save", name] += child.parameters()
 
     total = sum(parameter.numel() for parameter in model.parameters())
     table = [COLUMNS]

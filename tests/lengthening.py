@@ -7,6 +7,7 @@ computes at the prompt rows is thrown away. Written for LLaVA models with eager 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,13 @@ def run_lengthened(
     pixel_values: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
+    image_prompts: torch.Tensor | None = None,
+    connector: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Lengthened:
-    """Runs a LLaVA with prompts `{layer: [n, D]}` in front of the sequences of its layers."""
+    """
+    Runs a LLaVA with prompts `{layer: [n, D]}` in front of the sequences of its layers, with `image_prompts` in front
+    of the features of each image, and with another connector.
+    """
     assert model.config.text_config._attn_implementation == "eager"
     embeddings = model.get_input_embeddings()(input_ids)
     vision_states: list[torch.Tensor] = []
@@ -41,7 +47,8 @@ def run_lengthened(
         features = vision_states[model.config.vision_feature_layer]
         if model.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
-        features = model.model.multi_modal_projector(features).flatten(0, 1)
+        features = torch.cat([_batched(image_prompts, features), features], dim=1)
+        features = (connector or model.model.multi_modal_projector)(features).flatten(0, 1)
         embeddings = embeddings.clone()
         embeddings[input_ids == model.config.image_token_id] = features
     if attention_mask is None:

@@ -69,25 +69,28 @@ def make_llava(vision: str = "clip", text: str = "llama", attn: str = "sdpa", **
     return LlavaForConditionalGeneration(config).eval()
 
 
-def make_inputs(padding: str = "none", images: bool = True, seed: int = 1) -> dict[str, torch.Tensor]:
+def make_inputs(
+    padding: str = "none", images: bool = True, seed: int = 1, num_image_tokens: int = NUM_PATCHES
+) -> dict[str, torch.Tensor]:
     """
     A batch of two. `padding`: "none" (equal lengths), "left" or "right" (the second sample is shorter), or "no mask"
     (equal lengths, and no attention mask).
     """
     generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(3, IMAGE_TOKEN, (2, 14), generator=generator)
+    length = 10 + num_image_tokens
+    input_ids = torch.randint(3, IMAGE_TOKEN, (2, length), generator=generator)
     attention_mask = torch.ones_like(input_ids)
-    lengths = [14, 14] if padding in ("none", "no mask") else [14, 10]
+    lengths = [length, length] if padding in ("none", "no mask") else [length, length - 4]
     labels = input_ids.clone()
-    for row, length in enumerate(lengths):
-        start = 14 - length if padding == "left" else 0
+    for row, row_length in enumerate(lengths):
+        start = length - row_length if padding == "left" else 0
         if images:
-            input_ids[row, start + 2 : start + 2 + NUM_PATCHES] = IMAGE_TOKEN
-        pad = slice(0, start) if padding == "left" else slice(length, 14)
+            input_ids[row, start + 2 : start + 2 + num_image_tokens] = IMAGE_TOKEN
+        pad = slice(0, start) if padding == "left" else slice(row_length, length)
         input_ids[row, pad] = PAD_TOKEN
         attention_mask[row, pad] = 0
         labels[row] = torch.where(attention_mask[row] == 1, input_ids[row], -100)
-        labels[row, : start + 2 + NUM_PATCHES] = -100
+        labels[row, : start + 2 + num_image_tokens] = -100
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     if padding == "no mask":
         del inputs["attention_mask"]
@@ -100,10 +103,15 @@ def without_labels(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
+def make_config(**kwargs) -> M2PTConfig:
+    """All three kinds of prompts, and a tuned connector."""
+    numbers = {"num_visual_tokens": 4, "num_textual_tokens": 3, "num_interaction_tokens": 2}
+    return M2PTConfig(**{**numbers, **kwargs})
+
+
 def adapt(model: PreTrainedModel, adapter_name: str = "default", **kwargs) -> PeftModel:
-    """Adds an adapter with random prompts of standard deviation 0.5, so that they change every output."""
-    config = M2PTConfig(**{"num_visual_tokens": 4, "num_textual_tokens": 3, **kwargs})
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    """Adds an adapter with prompts of standard deviation 0.5, so that they change every output."""
+    peft_model = get_peft_model(model, make_config(**kwargs), adapter_name=adapter_name)
     randomise(peft_model, seed=2)
     return peft_model
 
@@ -112,9 +120,12 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "m2pt_prompt" in name:
+            if "m2pt_prompt" in name or "m2pt_interaction" in name:
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+            elif "m2pt_connector" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def prompts_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if "m2pt_prompt" in name}
+def trained_by(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """All that the adapters train."""
+    return {name: parameter for name, parameter in model.named_parameters() if "m2pt_" in name}

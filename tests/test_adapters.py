@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import adapt, make_inputs, make_llava, prompts_of, randomise, without_labels
+from models import adapt, make_config, make_inputs, make_llava, randomise, trained_by, without_labels
 
 import peft_m2pt.layer
-from peft_m2pt import M2PTAttention, M2PTConfig
+from peft_m2pt import M2PTAttention
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -60,11 +60,11 @@ def test_second_adapter_with_other_counts_and_layers():
     second = adapt(make_llava(), **other)(**inputs).logits
 
     peft_model = adapt(make_llava())
-    peft_model.add_adapter("other", M2PTConfig(**other))
-    prompts = {name.replace(".default.", ".other."): p for name, p in prompts_of(adapt(make_llava(), **other)).items()}
+    peft_model.add_adapter("other", make_config(**other))
+    prompts = {name.replace(".default.", ".other."): p for name, p in trained_by(adapt(make_llava(), **other)).items()}
     with torch.no_grad():
         for name, prompt in prompts.items():
-            prompts_of(peft_model)[name].copy_(prompt)
+            trained_by(peft_model)[name].copy_(prompt)
     assert torch.equal(peft_model(**inputs).logits, first)
     peft_model.set_adapter("other")
     torch.testing.assert_close(peft_model(**inputs).logits, second)
@@ -96,7 +96,7 @@ def test_threads_train_at_once():
 
     def step(peft_model):
         peft_model(**make_inputs()).loss.backward()
-        return {name: prompt.grad for name, prompt in prompts_of(peft_model).items()}
+        return {name: prompt.grad for name, prompt in trained_by(peft_model).items()}
 
     expected = step(adapt(make_llava()))
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -133,12 +133,12 @@ def test_rows_are_computed_once_while_decoding(monkeypatch):
     calls = count_records(monkeypatch)
     peft_model = adapt(make_llava())
     peft_model.generate(**without_labels(make_inputs()), max_new_tokens=5, do_sample=False)
-    assert len(calls) == len(set(calls)) == 3 + 3
+    assert len(calls) == len(set(calls)) == 3 + 3  # vision layers, layers of the language model
 
 
 def train_a_step(peft_model):
     peft_model(**make_inputs()).loss.backward()
-    torch.optim.SGD(prompts_of(peft_model).values(), lr=1.0).step()
+    torch.optim.SGD(trained_by(peft_model).values(), lr=1.0).step()
 
 
 def scale(peft_model, part):
@@ -156,16 +156,17 @@ CHANGES = {
     "optimiser step": train_a_step,
     "prompts in place": lambda model: scale(model, "m2pt_prompt"),
     "projections in place": lambda model: scale(model, "k_proj"),
+    "connector in place": lambda model: scale(model, "m2pt_connector"),
     "norms in place": lambda model: scale(model, "norm"),
     "dtype": lambda model: model.double(),
     "dtype and back": lambda model: model.bfloat16().float(),
     "state dict": lambda model: model.load_state_dict(scaled_state(model)),
     "state dict assigned": lambda model: model.load_state_dict(scaled_state(model), assign=True),
-    "data in place": lambda model: [p.data.mul_(1.2) for p in prompts_of(model).values()],
-    "data swapped": lambda model: [setattr(p, "data", 1.2 * p.data) for p in prompts_of(model).values()],
+    "data in place": lambda model: [p.data.mul_(1.2) for p in trained_by(model).values()],
+    "data swapped": lambda model: [setattr(p, "data", 1.2 * p.data) for p in trained_by(model).values()],
     "train and eval": lambda model: [model.train(), scale(model, "m2pt_prompt"), model.eval()],
     "another adapter": lambda model: [
-        model.add_adapter("other", M2PTConfig(num_textual_tokens=2, init_prompts="normal", init_std=0.5)),
+        model.add_adapter("other", make_config(num_textual_tokens=2)),
         randomise(model, seed=8),
         model.set_adapter("other"),
     ],
@@ -192,9 +193,8 @@ def test_kept_rows_are_never_out_of_date(change, context):
     assert not torch.equal(evaluate(used), before)
 
 
-@pytest.mark.parametrize("part", ["textual prompt", "k_proj", "norm"])
+@pytest.mark.parametrize("part", ["m2pt_prompt", "m2pt_interaction", "m2pt_connector", "k_proj", "norm"])
 def test_weights_that_change_between_two_tokens(part):
-    part = "m2pt_prompt" if part == "textual prompt" else part
     input_ids = make_inputs(images=False)["input_ids"]
 
     def run(change_after):

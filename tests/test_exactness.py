@@ -1,29 +1,59 @@
 """The package against M2PT computed the long way, in float32."""
 
+import functools
+
 import pytest
 import torch
 from lengthening import run_lengthened
-from models import adapt, make_inputs, make_llava, prompts_of
-
-from peft_m2pt import M2PTAttention
+from models import NUM_PATCHES, adapt, make_inputs, make_llava, trained_by
 
 
 TOLERANCE = 1e-5
 
 
-def prompts_by_layer(peft_model, kind):
-    """Copies of the prompts, as leaves of a graph of their own."""
-    return {
-        module.site.layer: module.m2pt_prompt["default"].weight.detach().clone().requires_grad_()
-        for module in peft_model.modules()
-        if isinstance(module, M2PTAttention) and module.site.kind == kind
-    }
+class Counterpart:
+    """Copies of all that an adapter trains, as leaves of a graph of their own, arranged for the long way."""
+
+    def __init__(self, peft_model):
+        self.leaves = {
+            name: parameter.detach().clone().requires_grad_() for name, parameter in trained_by(peft_model).items()
+        }
+
+    def find(self, *parts):
+        return next((leaf for name, leaf in self.leaves.items() if all(part in name for part in parts)), None)
+
+    def connector(self, projector, features):
+        for linear, activate in (("linear_1", projector.act), ("linear_2", lambda x: x)):
+            frozen = getattr(projector, linear)
+            weight, bias = frozen.weight, frozen.bias
+            if (copied := self.find(f"m2pt_connector_{linear}.", "weight")) is not None:
+                weight, bias = copied, self.find(f"m2pt_connector_{linear}.", "bias")
+            elif (down := self.find(f"m2pt_connector_{linear}_lora_A")) is not None:
+                weight = weight + self.find(f"m2pt_connector_{linear}_lora_B") @ down
+            features = activate(features @ weight.T + bias)
+        return features
+
+    def run(self, model, **inputs):
+        connector = functools.partial(self.connector, model.model.multi_modal_projector)
+        visual, textual = {}, {}
+        for layer in range(4):
+            if (prompt := self.find(f"vision_tower.encoder.layers.{layer}.")) is not None:
+                visual[layer] = prompt
+            rows = []
+            if (prompt := self.find(f"language_model.layers.{layer}.", "m2pt_prompt")) is not None:
+                rows.append(prompt)
+            if (prompt := self.find(f"language_model.layers.{layer}.", "m2pt_interaction")) is not None:
+                rows.append(connector(prompt))
+            if rows:
+                textual[layer] = torch.cat(rows)
+        image_prompts = self.find("multi_modal_projector.m2pt_interaction")
+        return run_lengthened(model, visual, textual, **inputs, image_prompts=image_prompts, connector=connector)
 
 
 def compare(inputs, vision, text, attn, **kwargs):
     peft_model = adapt(make_llava(vision, text, attn), **kwargs)
-    visual, textual = (prompts_by_layer(peft_model, kind) for kind in ("visual", "textual"))
-    expected = run_lengthened(make_llava(vision, text, "eager"), visual, textual, **inputs)
+    counterpart = Counterpart(peft_model)
+    expected = counterpart.run(make_llava(vision, text, "eager"), **inputs)
     output = peft_model(**inputs)
 
     # Rows of padding are nobody's business: with left padding they see no token at all.
@@ -33,17 +63,15 @@ def compare(inputs, vision, text, attn, **kwargs):
 
     output.loss.backward()
     expected.loss.backward()
-    images = "pixel_values" in inputs
-    for module in peft_model.modules():
-        if not isinstance(module, M2PTAttention):
+    for name, parameter in trained_by(peft_model).items():
+        reference = counterpart.leaves[name].grad
+        if "vision_tower" in name and "pixel_values" not in inputs:
+            assert parameter.grad is None and reference is None
             continue
-        gradient = module.m2pt_prompt["default"].weight.grad
-        reference = (visual if module.site.kind == "visual" else textual)[module.site.layer].grad
-        if module.site.kind == "visual" and not images:
-            assert gradient is None and reference is None
-            continue
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(gradient, reference, atol=TOLERANCE, rtol=TOLERANCE)
+        assert parameter.grad.abs().max() > 0, name
+        torch.testing.assert_close(
+            parameter.grad, reference, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
     return peft_model
 
 
@@ -67,6 +95,10 @@ def test_equals_lengthening_in_other_families(vision, text, attn):
     [
         {"num_visual_tokens": 0},
         {"num_textual_tokens": 0},
+        {"num_interaction_tokens": 0},
+        {"num_interaction_tokens": 0, "tune_connector": False},
+        {"tune_connector": False},
+        {"connector_rank": 2},
         {"num_visual_tokens": 1, "num_textual_tokens": 1},
         {"visual_layers": [0, -1], "textual_layers": [1]},
         {"visual_layers": "odd", "textual_layers": "top_half"},
@@ -76,6 +108,16 @@ def test_equals_lengthening_in_other_families(vision, text, attn):
 )
 def test_equals_lengthening_with_prompts_in_some_places(config):
     compare(make_inputs("right"), "clip", "llama", "sdpa", **config)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["left", "right", "no mask"])
+@pytest.mark.parametrize(
+    "config", [{}, {"tune_connector": False}, {"connector_rank": 3}, {"num_textual_tokens": 0}], ids=str
+)
+def test_equals_lengthening_with_interaction_prompts_as_image_tokens(config, padding, attn):
+    inputs = make_inputs(padding, num_image_tokens=NUM_PATCHES + 2)
+    compare(inputs, "clip", "llama", attn, interaction_placement="image", **config)
 
 
 def test_positions_are_those_of_the_model():
@@ -102,23 +144,25 @@ def test_frequencies_of_dynamic_rotaries_are_those_of_the_tokens():
 
     inputs = make_inputs("none")
     peft_model = adapt(make())
-    base = make()
-    textual = prompts_by_layer(peft_model, "textual")
-    inputs.pop("labels")
-    rotary = base.model.language_model.rotary_emb
-    # The long way has n more positions; the frequencies must be those of the tokens' positions alone.
+    output = peft_model(**inputs)
+    # The long way has n more positions, but the frequencies must be those of the tokens' positions alone.
+    rotary = make().model.language_model.rotary_emb
     rotary(torch.zeros(1), torch.arange(inputs["input_ids"].shape[1])[None])
-    frequencies = rotary.inv_freq.clone()
     fixed = make_llava(attn="eager")
-    fixed.model.language_model.rotary_emb.inv_freq.copy_(frequencies)
-    expected = run_lengthened(fixed, prompts_by_layer(peft_model, "visual"), textual, **inputs)
-    torch.testing.assert_close(peft_model(**inputs).logits, expected.logits, atol=TOLERANCE, rtol=TOLERANCE)
+    assert not torch.allclose(fixed.model.language_model.rotary_emb.inv_freq, rotary.inv_freq)
+    fixed.model.language_model.rotary_emb.inv_freq.copy_(rotary.inv_freq)
+    expected = Counterpart(peft_model).run(fixed, **inputs)
+    torch.testing.assert_close(output.logits, expected.logits, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_prompts_change_the_output():
+@pytest.mark.parametrize("part", ["vision_tower", "m2pt_prompt", "m2pt_interaction", "m2pt_connector"])
+def test_each_part_changes_the_output(part):
     # The other tests would mean little if the prompts did not matter.
     inputs = make_inputs()
-    base = make_llava()(**inputs).logits
-    for config in ({"num_visual_tokens": 0}, {"num_textual_tokens": 0}):
-        assert (adapt(make_llava(), **config)(**inputs).logits - base).abs().max() > 1e-2
-    assert len(prompts_of(adapt(make_llava()))) == 3 + 3
+    peft_model = adapt(make_llava())
+    before = peft_model(**inputs).logits
+    with torch.no_grad():
+        for name, parameter in trained_by(peft_model).items():
+            if part in name:
+                parameter.mul_(-1)
+    assert (peft_model(**inputs).logits - before).abs().max() > 1e-2

@@ -4,23 +4,27 @@ import math
 
 import pytest
 import torch
-from models import IMAGE_TOKEN, PAD_TOKEN, make_llava, prompts_of
+from models import IMAGE_TOKEN, PAD_TOKEN, make_llava, trained_by
 from peft import get_peft_model
 
 from peft_m2pt import M2PTConfig
 
 
 def prompts(**kwargs):
-    peft_model = get_peft_model(make_llava(), M2PTConfig(num_visual_tokens=40, num_textual_tokens=50, **kwargs))
-    groups = {"visual": [], "textual": []}
-    for name, prompt in prompts_of(peft_model).items():
-        groups["visual" if "vision_tower" in name else "textual"].append(prompt.detach())
+    config = M2PTConfig(num_visual_tokens=40, num_textual_tokens=50, num_interaction_tokens=30, **kwargs)
+    peft_model = get_peft_model(make_llava(), config)
+    groups = {"visual": [], "textual": [], "interaction": []}
+    for name, prompt in trained_by(peft_model).items():
+        if "m2pt_prompt" in name:
+            groups["visual" if "vision_tower" in name else "textual"].append(prompt.detach())
+        elif "m2pt_interaction" in name:
+            groups["interaction"].append(prompt.detach())
     return peft_model, groups
 
 
 def test_xavier_uniform_on_the_shape_of_the_paper():
     _, groups = prompts()
-    for kind, n, width in (("visual", 40, 32), ("textual", 50, 48)):
+    for kind, n, width in (("visual", 40, 32), ("textual", 50, 48), ("interaction", 30, 32)):
         values = torch.stack(groups[kind])
         bound = math.sqrt(6 / ((n + 1) * width))
         assert 0.99 * bound < values.abs().max() <= bound
@@ -46,11 +50,19 @@ def test_vocabulary():
     assert torch.stack(groups["visual"]).abs().max() <= bound
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_new_connector_computes_what_the_old_one_does(rank):
+    peft_model, _ = prompts(connector_rank=rank)
+    connector = peft_model.get_base_model().model.multi_modal_projector
+    features = torch.randn(2, 5, 32)
+    torch.testing.assert_close(connector(features), make_llava().model.multi_modal_projector(features))
+
+
 def test_layers_differ_and_seeds_repeat():
     torch.manual_seed(7)
     _, first = prompts()
     torch.manual_seed(7)
     _, second = prompts()
-    for kind in ("visual", "textual"):
+    for kind in ("visual", "textual", "interaction"):
         assert all(torch.equal(a, b) for a, b in zip(first[kind], second[kind]))
         assert not torch.equal(first[kind][0], first[kind][1])

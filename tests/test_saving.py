@@ -5,12 +5,10 @@ import re
 
 import pytest
 import torch
-from models import adapt, make_inputs, make_llava, prompts_of
+from models import adapt, make_config, make_inputs, make_llava, trained_by
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-
-from peft_m2pt import M2PTConfig
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -25,7 +23,7 @@ def saved(tmp_path):
 
 def test_layout_is_that_of_peft(saved):
     peft_model, folder = saved
-    names = {name.replace(".default.weight", ".weight") for name in prompts_of(peft_model)}
+    names = {name.replace(".default.", ".") for name in trained_by(peft_model)}
     assert load_file(folder / WEIGHTS).keys() == names
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "M2PT"
@@ -42,13 +40,13 @@ def test_round_trip(saved, is_trainable, low_cpu_mem_usage):
     loaded = PeftModel.from_pretrained(
         make_llava(), folder, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
     )
-    for name, prompt in prompts_of(loaded).items():
-        assert torch.equal(prompt, prompts_of(peft_model)[name])
+    for name, prompt in trained_by(loaded).items():
+        assert torch.equal(prompt, trained_by(peft_model)[name])
         assert prompt.requires_grad == is_trainable
     assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
     if is_trainable:
         loaded(**inputs).loss.backward()
-        assert all(prompt.grad.abs().max() > 0 for prompt in prompts_of(loaded).values())
+        assert all(prompt.grad.abs().max() > 0 for prompt in trained_by(loaded).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -59,11 +57,11 @@ def test_round_trip_on_a_half_precision_base(tmp_path, dtype):
     inputs = make_inputs()
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
-    assert {prompt.dtype for prompt in prompts_of(loaded).values()} == {torch.float32}
+    assert {prompt.dtype for prompt in trained_by(loaded).values()} == {torch.float32}
 
 
 def test_modules_to_save_are_saved(tmp_path):
-    peft_model = adapt(make_llava(), modules_to_save=["lm_head", "multi_modal_projector"])
+    peft_model = adapt(make_llava(), modules_to_save=["lm_head", "multi_modal_projector"], tune_connector=False)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "modules_to_save" in name:
@@ -91,7 +89,7 @@ def test_another_name_and_a_second_adapter(saved):
 
 def test_loading_over_an_adapter(saved):
     peft_model, _ = saved
-    other = get_peft_model(make_llava(), M2PTConfig(num_visual_tokens=4, num_textual_tokens=3))
+    other = get_peft_model(make_llava(), make_config())
     set_peft_model_state_dict(other, get_peft_model_state_dict(peft_model))
     inputs = make_inputs()
     assert torch.equal(other(**inputs).logits, peft_model(**inputs).logits)
@@ -125,9 +123,21 @@ def test_other_numbers_of_prompts_are_refused(saved):
 def test_missing_prompts_are_refused(saved):
     _, folder = saved
     weights = load_file(folder / WEIGHTS)
-    missing = next(name for name in weights if "language_model.layers.1" in name)
+    missing = next(name for name in weights if "language_model.layers.1.self_attn.m2pt_prompt" in name)
     save_file({name: weight for name, weight in weights.items() if name != missing}, folder / WEIGHTS)
     refused(folder, "textual prompt of layer 1", "expected shape [3, 48], found nothing")
+
+
+def test_another_connector_is_refused(saved):
+    _, folder = saved
+    change_config(folder, connector_rank=2, num_interaction_tokens=5)
+    refused(
+        folder,
+        "connector weight 'linear_1_lora_A.weight' ('model.multi_modal_projector'): "
+        "expected shape [2, 32], found nothing",
+        "interaction prompt of layer 0 ('model.language_model.layers.0.self_attn'): "
+        "expected shape [5, 32], found shape [2, 32]",
+    )
 
 
 def test_surplus_prompts_are_refused(saved):
@@ -149,4 +159,4 @@ def test_long_lists_of_problems_are_cut(saved):
     save_file({f"base_model.model.unknown.{i}": torch.zeros(1) for i in range(20)}, folder / WEIGHTS)
     with pytest.raises(ValueError) as error:
         PeftModel.from_pretrained(make_llava(), folder)
-    assert re.search(r"\n- and 18 more\n", str(error.value))
+    assert re.search(r"\n- and \d\d more\n", str(error.value))

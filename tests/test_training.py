@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from models import adapt, make_inputs, make_llava, prompts_of, randomise
+from models import adapt, make_inputs, make_llava, randomise, trained_by
 from transformers import Trainer, TrainingArguments
 
 
@@ -44,8 +44,8 @@ def test_gradient_checkpointing(checkpointing, before, attn):
 def test_only_prompts_train():
     peft_model = adapt(make_llava())
     trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    assert trainable == prompts_of(peft_model).keys()
-    assert len(trainable) == 3 + 3
+    assert trainable == trained_by(peft_model).keys()
+    assert len(trainable) == 3 + 3 + 3 + 4  # visual, textual and interaction prompts, the connector
     _, gradients = train_step(peft_model, make_inputs())
     assert gradients.keys() == trainable
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
@@ -54,7 +54,7 @@ def test_only_prompts_train():
 def test_modules_to_save_train_too():
     peft_model = adapt(make_llava(), modules_to_save=["lm_head"])
     trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    assert trainable - prompts_of(peft_model).keys() == {"base_model.model.lm_head.modules_to_save.default.weight"}
+    assert trainable - trained_by(peft_model).keys() == {"base_model.model.lm_head.modules_to_save.default.weight"}
     _, gradients = train_step(peft_model, make_inputs())
     assert gradients.keys() == trainable
 
@@ -64,7 +64,7 @@ def test_modules_to_save_train_too():
 )
 def test_layers_behind_the_feature_layer_get_no_prompts(feature_layer, live):
     peft_model = adapt(make_llava(vision_feature_layer=feature_layer))
-    names = [name for name in prompts_of(peft_model) if "vision_tower" in name]
+    names = [name for name in trained_by(peft_model) if "vision_tower" in name]
     assert names == [
         f"base_model.model.model.vision_tower.encoder.layers.{i}.self_attn.m2pt_prompt.default.weight" for i in live
     ]
@@ -78,7 +78,7 @@ def test_half_precision_base_with_float32_prompts(dtype, attn):
     inputs = make_inputs("left")
     _, expected = train_step(adapt(make_llava(attn=attn)), inputs)
     peft_model = adapt(make_llava(attn=attn).to(dtype))
-    assert {prompt.dtype for prompt in prompts_of(peft_model).values()} == {torch.float32}
+    assert {prompt.dtype for prompt in trained_by(peft_model).values()} == {torch.float32}
     loss, gradients = train_step(peft_model, {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)})
     assert loss.isfinite()
     for name, gradient in gradients.items():
@@ -93,7 +93,7 @@ def test_prompts_in_the_dtype_of_the_base_if_asked():
     from peft_m2pt import M2PTConfig
 
     peft_model = get_peft_model(make_llava().to(torch.bfloat16), M2PTConfig(), autocast_adapter_dtype=False)
-    assert {prompt.dtype for prompt in prompts_of(peft_model).values()} == {torch.bfloat16}
+    assert {prompt.dtype for prompt in trained_by(peft_model).values()} == {torch.bfloat16}
 
 
 def test_autocast():
@@ -102,7 +102,7 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, gradients = train_step(peft_model, inputs)
     assert loss.isfinite()
-    assert gradients.keys() == prompts_of(peft_model).keys()
+    assert gradients.keys() == trained_by(peft_model).keys()
 
 
 def make_trainer(peft_model, folder, **kwargs):
@@ -153,5 +153,5 @@ def test_trainer_resumes(tmp_path):
     resumed = adapt(make_llava())
     randomise(resumed, seed=9)
     make_trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for name, prompt in prompts_of(resumed).items():
-        assert torch.equal(prompt, prompts_of(whole)[name]), name
+    for name, prompt in trained_by(resumed).items():
+        assert torch.equal(prompt, trained_by(whole)[name]), name

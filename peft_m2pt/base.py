@@ -1,0 +1,128 @@
+"""What the layers of M2PT have in common: prompts, and standing in the place of a module of the base model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+NOT_MERGEABLE = (
+    "M2PT cannot be merged into the base weights: prompts are additional keys and values that every token attends "
+    "to, not a change of any weight. Keep the adapter beside the model (it adds about 0.1% of its parameters), or "
+    "remove it with `unload()`."
+)
+
+
+class M2PTPrompt(nn.Module):
+    """
+    The prompt of one adapter in one layer.
+
+    It is a module that is called, not a bare parameter, since sharded training gathers the parameters of a module when
+    it is called.
+
+    Args:
+        num_tokens (`int`):
+            Number n of prompt vectors.
+        width (`int`):
+            Their width D.
+    """
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(num_tokens, width))
+
+    def forward(self) -> torch.Tensor:
+        """Returns the prompt, a `torch.Tensor` of shape `(num_tokens, width)`."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"num_tokens={self.num_tokens}, width={self.width}"
+
+
+class M2PTLayer(nn.Module, BaseTunerLayer):
+    """
+    A wrapper around a module of the base model, in whose place it stands.
+
+    Args:
+        base_layer (`nn.Module`):
+            The module of the base model.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def expected_weights(self, adapter_name: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """
+        Lists the weights of an adapter.
+
+        Args:
+            adapter_name (`str`):
+                Name of the adapter.
+
+        Returns:
+            `Iterator[tuple[str, str, tuple[int, ...]]]`: For each weight what it is, its name in this module and its
+            shape.
+        """
+        for layer_name in self.adapter_layer_names:
+            modules = getattr(self, layer_name)
+            if adapter_name not in modules:
+                continue
+            for name, parameter in modules[adapter_name].named_parameters():
+                # Of a prompt, the shape is known; a parameter may be partitioned.
+                prompt = modules[adapter_name]
+                shape = (prompt.num_tokens, prompt.width) if isinstance(prompt, M2PTPrompt) else tuple(parameter.shape)
+                yield self.describe_weight(layer_name, name), f"{layer_name}.{adapter_name}.{name}", shape
+
+    @abstractmethod
+    def describe_weight(self, layer_name: str, name: str) -> str:
+        """
+        Says what a weight is, for error messages.
+
+        Args:
+            layer_name (`str`):
+                One of `adapter_layer_names`.
+            name (`str`):
+                Name of the weight in the module of the adapter.
+
+        Returns:
+            `str`
+        """
+
+    def _adapters(self, names: Sequence[str]) -> list[str]:
+        """Which of these adapters have weights here."""
+        weights = [getattr(self, layer_name) for layer_name in self.adapter_layer_names]
+        return [name for name in names if any(name in modules for modules in weights)]
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        # The modules that are wrapped here have no `weight` of their own.
+        parameters = list(base_layer.parameters())
+        dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
+        return parameters[0].device, dtype
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError("M2PT cannot be merged, so there is nothing to unmerge.")
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of the modules of which these wrappers have taken the place.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "m2pt." + super().__repr__()

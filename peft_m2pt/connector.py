@@ -1,0 +1,189 @@
+"""The interaction layer f_in: the wrapper around the connector of a multimodal model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .anatomy import Connector
+from .base import M2PTLayer, M2PTPrompt
+from .graft import copied_parts, graft, low_rank_parts
+
+
+# Number of image tokens in the input of the model that is being called, where it says so. Per thread.
+_num_image_tokens: ContextVar[torch.Tensor | None] = ContextVar("m2pt_num_image_tokens", default=None)
+
+
+class M2PTConnector(M2PTLayer):
+    """
+    A connector f_in, with a trainable copy and interaction prompts for each adapter.
+
+    While an adapter is active, image features F of shape `[..., num_tokens, D]` go through its copy of the connector,
+    and in placement "image" its interaction prompts V of shape `[n, D]` stand in front of them:
+
+        image tokens = f_in([V ; F])
+
+    Args:
+        site ([`~peft_m2pt.anatomy.Connector`]):
+            The connector and its surroundings.
+    """
+
+    adapter_layer_names = ("m2pt_interaction",)
+
+    def __init__(self, site: Connector) -> None:
+        super().__init__(site.module)
+        self.site = site
+        self.m2pt_interaction = nn.ModuleDict()
+        self.hook: RemovableHandle | None = None
+        # What adapters train of the connector is held by attributes `m2pt_connector_<part>`. Here are the connectors
+        # that they are parts of; these are no children of this module, since they share weights with the frozen one.
+        self._tuned: dict[str, _Tuned] = {}
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        tune: bool,
+        rank: int | None,
+        num_interaction_tokens: int,
+        init: Callable[[M2PTPrompt, Connector], None],
+    ) -> None:
+        """
+        Adds what an adapter trains of the connector.
+
+        Args:
+            adapter_name (`str`):
+                Name of the adapter.
+            tune (`bool`):
+                Whether it trains the connector.
+            rank (`int`, *optional*):
+                Rank of the update that it trains. `None` for a copy of the connector.
+            num_interaction_tokens (`int`):
+                Number of prompt vectors in front of the image features.
+            init (`Callable`):
+                Fills a prompt in place, for a site.
+        """
+        if tune:
+            connector = self.get_base_layer()
+            parts = copied_parts(connector) if rank is None else low_rank_parts(connector, rank)
+            for path, part in parts.items():
+                layer_name = "_".join(["m2pt_connector", *path.split(".")]).removesuffix("_")
+                if layer_name not in self.adapter_layer_names:
+                    self.adapter_layer_names = (*self.adapter_layer_names, layer_name)
+                    setattr(self, layer_name, nn.ModuleDict())
+                getattr(self, layer_name)[adapter_name] = part
+            self._tuned[adapter_name] = _Tuned(graft(connector, parts), is_copy=rank is None)
+        if num_interaction_tokens > 0:
+            self.m2pt_interaction[adapter_name] = M2PTPrompt(num_interaction_tokens, self.site.width)
+            init(self.m2pt_interaction[adapter_name], self.site)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Brings image features to the language model, together with the prompts of the active adapters."""
+        adapters = [] if self.disable_adapters else self._adapters(self.active_adapters)
+        arguments = dict(zip(self.site.argument_names, args), **kwargs)
+        features = arguments[self.site.argument_names[0]]
+        prompts = [self.m2pt_interaction[name]() for name in adapters if name in self.m2pt_interaction]
+        num_prompts = sum(map(len, prompts))
+        self._check_image_tokens(len(features), features.shape[-2], num_prompts)
+        if num_prompts > 0:
+            prompts = [prompt.to(features).expand(*features.shape[:-2], -1, -1) for prompt in prompts]
+            arguments[self.site.argument_names[0]] = torch.cat([*prompts, features], dim=-2)
+        return self._call(adapters, arguments)
+
+    def describe_weight(self, layer_name: str, name: str) -> str:
+        if layer_name == "m2pt_interaction":
+            return "interaction prompt"
+        return f"connector weight '{layer_name.removeprefix('m2pt_connector_')}.{name}'"
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._tuned.pop(adapter_name, None)
+
+    def count_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """
+        Notes how many image tokens the model is given, so that `forward` can say what is wrong with them. A hook that
+        runs before the model's own forward.
+        """
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        known = input_ids is not None and kwargs.get("pixel_values") is not None
+        _num_image_tokens.set((input_ids == model.config.image_token_id).sum() if known else None)
+
+    def _check_image_tokens(self, num_images: int, num_features: int, num_prompts: int) -> None:
+        num_image_tokens = _num_image_tokens.get()
+        _num_image_tokens.set(None)
+        expected = num_images * (num_features + num_prompts)
+        if num_image_tokens is not None and num_image_tokens != expected:
+            raise ValueError(
+                f"The input has {int(num_image_tokens)} image tokens for {num_images} image(s), but with "
+                f"interaction_placement='image' each image needs {num_features + num_prompts}: {num_features} for its "
+                f"own features and {num_prompts} for the interaction prompts of the active adapter. Prepare the "
+                f"processor with peft_m2pt.adapt_processor(processor, config), where config is the M2PTConfig of that "
+                f"adapter."
+            )
+
+    def project(self, rows: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """
+        Brings interaction prompts to the width of the language model, with the connector of an adapter.
+
+        Args:
+            rows (`torch.Tensor` of shape `(num_interaction_tokens * rows_per_token, width)`):
+                Interaction prompts.
+            adapter_name (`str`):
+                Name of the adapter.
+
+        Returns:
+            `torch.Tensor` of shape `(num_interaction_tokens, text_width)`.
+        """
+        return self._call([adapter_name], {self.site.argument_names[0]: self.site.grouped(rows)}).flatten(0, -2)
+
+    def _call(self, adapters: Sequence[str], arguments: dict[str, Any]) -> torch.Tensor:
+        """Calls the connector that these adapters have tuned, or the frozen one."""
+        names = [name for name in adapters if name in self._tuned]
+        if len(names) > 1:
+            raise ValueError(
+                f"The adapters {names} have each tuned the connector '{self.site.path}' in their own way, so only one "
+                f"of them can be active at a time. Activate one with set_adapter(...), or train with "
+                f"tune_connector=False."
+            )
+        if not names:
+            return self.base_layer(**arguments)
+        tuned = self._tuned[names[0]]
+        if not tuned.is_copy:
+            return tuned.connector(**arguments)
+        # The copy may be kept in a higher precision than the model.
+        features = arguments[self.site.argument_names[0]]
+        dtype = next(tuned.connector.parameters()).dtype
+        output = tuned.connector(**{**arguments, self.site.argument_names[0]: features.to(dtype)})
+        return output.to(features.dtype)
+
+
+class _Tuned(NamedTuple):
+    connector: nn.Module
+    is_copy: bool
+
+
+def project(site: Connector, rows: torch.Tensor, adapter_name: str) -> torch.Tensor:
+    """
+    Brings interaction prompts to the width of the language model, with the connector that the model has now.
+
+    Args:
+        site ([`~peft_m2pt.anatomy.Connector`]):
+            The connector, which may be wrapped in an [`M2PTConnector`].
+        rows (`torch.Tensor` of shape `(num_interaction_tokens * rows_per_token, width)`):
+            Interaction prompts.
+        adapter_name (`str`):
+            Name of the adapter that they belong to.
+
+    Returns:
+        `torch.Tensor` of shape `(num_interaction_tokens, text_width)`.
+    """
+    module = site.module
+    if isinstance(module, M2PTConnector):
+        return module.project(rows, adapter_name)
+    return module(site.grouped(rows)).flatten(0, -2)

@@ -1,0 +1,115 @@
+"""
+Trainable versions of a frozen module that share with it all that is not trained.
+
+PEFT stores weights under `<name>.<adapter>.<weight>`, so what is trained is kept as flat, named parts. `graft` puts
+the parts of an adapter into a second module that runs the code of the first.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+
+def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
+    """
+    Copies all weights of a module.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+
+    Returns:
+        `dict[str, nn.Module]`: A copy of each module inside of it that has weights of its own, by path.
+    """
+    parts = {}
+    for path, child in module.named_modules():
+        if not any(True for _ in child.parameters(recurse=False)):
+            continue
+        part = copy.copy(child)
+        part._modules = {}
+        parts[path] = copy.deepcopy(part)
+    return parts
+
+
+def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
+    """
+    Makes updates B A of low rank for all linear layers of a module. They start without an effect (B = 0).
+
+    Args:
+        module (`nn.Module`):
+            The module.
+        rank (`int`):
+            Rank of the updates.
+
+    Returns:
+        `dict[str, nn.Module]`: Two linear layers for each, by path: "<path>.lora_A" and "<path>.lora_B".
+    """
+    parts: dict[str, nn.Module] = {}
+    for path, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            down = nn.Linear(child.in_features, rank, bias=False)
+            up = nn.Linear(rank, child.out_features, bias=False)
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            nn.init.zeros_(up.weight)
+            parts |= {f"{path}.lora_A": down, f"{path}.lora_B": up}
+    return parts
+
+
+def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.Module:
+    """
+    Makes a module that computes as another one does, but with trained parts in it.
+
+    Args:
+        module (`nn.Module`):
+            The module, which stays as it is.
+        parts (`dict[str, nn.Module]`):
+            What `copied_parts` or `low_rank_parts` have made of it.
+        path (`str`, *optional*):
+            Path of the module in the one that the parts were made of.
+
+    Returns:
+        `nn.Module`: A module that shares with the first all that is not among the parts.
+    """
+    if f"{path}.lora_A" in parts:
+        return LowRankLinear(module, parts[f"{path}.lora_A"], parts[f"{path}.lora_B"])
+    children = dict(module.named_children())
+    if path in parts and not children:
+        return parts[path]
+    if not any(part == path or part.startswith(f"{path}." if path else "") for part in parts):
+        return module
+    grafted = copy.copy(module)
+    grafted._modules = {
+        name: graft(child, parts, f"{path}.{name}" if path else name) for name, child in children.items()
+    }
+    if path in parts:
+        # The same dictionary, so that parameters which are replaced later are seen.
+        grafted._parameters = parts[path]._parameters
+    return grafted
+
+
+class LowRankLinear(nn.Module):
+    """
+    A frozen linear layer with an update of low rank: W x + b + B A x.
+
+    Args:
+        linear (`nn.Linear`):
+            The frozen layer.
+        down (`nn.Linear`):
+            The matrix A.
+        up (`nn.Linear`):
+            The matrix B.
+    """
+
+    def __init__(self, linear: nn.Linear, down: nn.Linear, up: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = down
+        self.up = up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.linear(x)
+        return output + self.up(self.down(x.to(self.down.weight.dtype))).to(output.dtype)
