@@ -104,10 +104,15 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        # The modules that are wrapped here have no `weight` of their own.
-        parameters = list(base_layer.parameters())
+        # The modules that are wrapped here have no `weight` of their own. New weights get their dtype when they are
+        # made: PEFT asks for it here also after loading, and would cast away what half precision cannot hold.
+        return next(base_layer.parameters()).device, None
+
+    def _new_prompt(self, num_tokens: int, width: int) -> M2PTPrompt:
+        """Makes a prompt in the dtype of the base layer."""
+        parameters = self.get_base_layer().parameters()
         dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
-        return parameters[0].device, dtype
+        return M2PTPrompt(num_tokens, width).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(NOT_MERGEABLE)

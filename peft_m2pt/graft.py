@@ -51,8 +51,9 @@ def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     for path, child in module.named_modules():
         if isinstance(child, nn.Linear):
-            down = nn.Linear(child.in_features, rank, bias=False)
-            up = nn.Linear(rank, child.out_features, bias=False)
+            dtype = child.weight.dtype if child.weight.is_floating_point() else None
+            down = nn.Linear(child.in_features, rank, bias=False, dtype=dtype)
+            up = nn.Linear(rank, child.out_features, bias=False, dtype=dtype)
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
             nn.init.zeros_(up.weight)
             parts |= {f"{path}.lora_A": down, f"{path}.lora_B": up}

@@ -74,11 +74,11 @@ class M2PTAttention(M2PTLayer):
                 Fills a prompt in place, for a site.
         """
         if num_tokens > 0:
-            self.m2pt_prompt[adapter_name] = M2PTPrompt(num_tokens, self.site.width)
+            self.m2pt_prompt[adapter_name] = self._new_prompt(num_tokens, self.site.width)
             init(self.m2pt_prompt[adapter_name], self.site)
         if num_interaction_tokens > 0:
             self.site, connector = site, site.connector
-            prompt = M2PTPrompt(num_interaction_tokens * connector.rows_per_token, connector.width)
+            prompt = self._new_prompt(num_interaction_tokens * connector.rows_per_token, connector.width)
             self.m2pt_interaction[adapter_name] = prompt
             init(prompt, connector)
         self._move_adapter_to_device_of_base_layer(adapter_name)

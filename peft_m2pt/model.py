@@ -81,14 +81,23 @@ class M2PTModel(BaseTuner):
         in_image = peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "image"
         if self._connector is not None and (peft_config.tune_connector or in_image):
             peft_config.target_modules.add(self._connector.path)
-            self._check_not_excluded(peft_config, self._connector.path)
+            self._check_connector(peft_config)
 
-    def _check_not_excluded(self, peft_config: M2PTConfig, path: str) -> None:
+    def _check_connector(self, peft_config: M2PTConfig) -> None:
+        path = self._connector.path
         if not self._check_target_module_exists(peft_config, path):
             raise ValueError(
                 f"The connector '{path}' is named by exclude_modules={peft_config.exclude_modules} or "
                 f"modules_to_save={peft_config.modules_to_save}, but the adapter needs it: tune_connector=True trains "
                 f"and saves a copy of it. Do not name it, or set tune_connector=False and num_interaction_tokens=0."
+            )
+
+        dtypes = {parameter.dtype for parameter in self._connector.module.parameters()}
+        quantised = [dtype for dtype in dtypes if not dtype.is_floating_point]
+        if peft_config.tune_connector and peft_config.connector_rank is None and quantised:
+            raise ValueError(
+                f"The connector '{path}' has quantised weights ({quantised[0]}), of which no copy can be trained. "
+                f"Train an update of it with connector_rank=8, for example, or set tune_connector=False."
             )
 
     def _create_and_replace(

@@ -136,7 +136,9 @@ def test_paths_that_help():
             return self.eyes(pixel_values), self.mouth(input_ids)
 
     refused(Wrapper(), M2PTConfig(), "No vision encoder", "vision_encoder=")
-    peft_model = get_peft_model(Wrapper(), M2PTConfig(vision_encoder="eyes", text_decoder="mouth"))
+    without_connector = {"num_interaction_tokens": 0, "tune_connector": False}
+    config = M2PTConfig(vision_encoder="eyes", text_decoder="mouth", **without_connector)
+    peft_model = get_peft_model(Wrapper(), config)
     assert sum(isinstance(module, M2PTAttention) for module in peft_model.modules()) == 4 + 3
 
 
