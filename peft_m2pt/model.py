@@ -11,11 +11,12 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .anatomy import find_sites, resolve_interaction
+from .anatomy import find_sites
 from .base import NOT_MERGEABLE, M2PTLayer
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .init import PromptInitialiser
+from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_state_dict
 from .register import PREFIX

@@ -1,0 +1,130 @@
+"""Whether, and how many, interaction prompts can go through the connector of a model."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .anatomy import Connector, find_tower, has_tower
+from .config import M2PTConfig
+from .errors import UnsupportedModelError
+
+
+# The connector, by the last part of its module path.
+CONNECTORS = ("multi_modal_projector", "connector")
+
+# Model types in which every row of the connector's output is an image token, whatever the number of rows.
+IMAGE_PLACEMENT = ("llava",)
+
+
+def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
+    """
+    Finds the connector of a model, and how many rows of image features it makes one image token of.
+
+    Args:
+        model (`nn.Module`):
+            A model with a vision encoder and a language model.
+        config ([`M2PTConfig`]):
+            May name the connector.
+
+    Returns:
+        [`Connector`]
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    path = config.connector
+    if path is None:
+        paths = (path for path, _ in model.named_modules() if path.rpartition(".")[2] in CONNECTORS)
+        path = next(paths, None)
+    if path is None:
+        raise UnsupportedModelError(
+            f"No connector was found in {type(model).__name__}. Name its module path with connector=..., or set "
+            f"num_interaction_tokens=0 and tune_connector=False to do without it."
+        )
+    parent_path, _, name = path.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_path)
+        module = parent.get_submodule(name)
+    except AttributeError:
+        raise UnsupportedModelError(
+            f"connector={path!r}: {type(model).__name__} has no module of this path."
+        ) from None
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
+    width = num_layers * find_tower(model, "visual", config)[1].config.hidden_size
+    text_width = find_tower(model, "textual", config)[1].config.get_text_config().hidden_size
+    return Connector(path, parent, name, width, _rows_per_token(module, width, text_width))
+
+
+@torch.no_grad()
+def _rows_per_token(connector: nn.Module, width: int, text_width: int) -> int | None:
+    """Tries out how many rows of image features a connector makes one image token of."""
+    dtype, device = next(((p.dtype, p.device) for p in connector.parameters() if p.is_floating_point()), (None, None))
+    for rows_per_token in (1, 4, 9, 16):
+        try:
+            output = connector(torch.zeros(3, rows_per_token, width, dtype=dtype, device=device))
+        except (RuntimeError, TypeError, ValueError, ZeroDivisionError):
+            continue
+        if isinstance(output, torch.Tensor) and output.shape[-1] == text_width and output.numel() == 3 * text_width:
+            return rows_per_token
+    return None
+
+
+def resolve_interaction(model: nn.Module, config: M2PTConfig) -> tuple[int, Connector | None]:
+    """
+    Settles how many interaction prompts a model gets, and whether its connector is needed.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        config ([`M2PTConfig`]):
+            Says what is wanted; `num_interaction_tokens=None` leaves it to the model.
+
+    Returns:
+        `tuple[int, Connector | None]`: The number of interaction prompts, and the connector if it is tuned or if
+        interaction prompts go through it.
+
+    Raises:
+        UnsupportedModelError: If the config asks for interaction prompts that cannot go through the connector.
+    """
+    num_tokens = config.wanted_interaction_tokens
+    if num_tokens == 0 and not config.tune_connector:
+        return 0, None
+    left_to_the_model = config.num_interaction_tokens is None
+    try:
+        connector = find_connector(model, config)
+    except UnsupportedModelError as error:
+        if num_tokens > 0 and not left_to_the_model:
+            raise
+        if all(has_tower(model, kind, config) for kind in ("visual", "textual")):
+            warnings.warn(f"{error} There are no interaction prompts now, and the connector is not tuned.")
+        return 0, None
+    reason = _why_no_interaction(model, connector, config) if num_tokens > 0 else None
+    if reason is not None:
+        message = (
+            f"Interaction prompts cannot go through the connector '{connector.path}' "
+            f"({type(connector.module).__name__}): {reason}"
+        )
+        if not left_to_the_model:
+            raise UnsupportedModelError(f"num_interaction_tokens={num_tokens}: {message}")
+        warnings.warn(f"{message} There are none now; num_interaction_tokens=0 says so without this warning.")
+        num_tokens = 0
+    return num_tokens, connector if num_tokens > 0 or config.tune_connector else None
+
+
+def _why_no_interaction(model: nn.Module, connector: Connector, config: M2PTConfig) -> str | None:
+    if connector.rows_per_token is None:
+        return "it does not make one image token of each row of image features, or of a fixed number of rows."
+    if config.interaction_placement == "layers":
+        return None
+    if model.config.model_type not in IMAGE_PLACEMENT or model.config.vision_config.model_type == "pixtral":
+        return (
+            f"with interaction_placement='image' every image gets more tokens, which {type(model).__name__} cannot "
+            f"place. Choose interaction_placement='layers'."
+        )
+    return None
