@@ -76,6 +76,20 @@ def test_generation_with_a_cache_equals_generation_without(options, attn):
     assert torch.equal(generate(peft_model, inputs, **options), without)
 
 
+def test_prefill_in_chunks():
+    peft_model = adapt(make_llava())
+    inputs = make_inputs(images=False)
+    assert torch.equal(generate(peft_model, inputs, prefill_chunk_size=5), generate(peft_model, inputs))
+
+
+def test_assisted_generation():
+    # The candidates are checked several at a time, on top of a cache that is cut back where they are wrong.
+    peft_model = adapt(make_llava())
+    inputs = {name: value[:1] for name, value in make_inputs().items()}
+    expected = generate(peft_model, inputs, max_new_tokens=12)
+    assert torch.equal(generate(peft_model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3), expected)
+
+
 def test_greedy_generation_equals_teacher_forcing():
     peft_model = adapt(make_llava())
     inputs = make_inputs("left")
