@@ -86,8 +86,9 @@ def test_assisted_generation():
     # The candidates are checked several at a time, on top of a cache that is cut back where they are wrong.
     peft_model = adapt(make_llava())
     inputs = {name: value[:1] for name, value in make_inputs().items()}
-    expected = generate(peft_model, inputs, max_new_tokens=12)
-    assert torch.equal(generate(peft_model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3), expected)
+    options = {"max_new_tokens": 12, "eos_token_id": 2}
+    expected = generate(peft_model, inputs, **options)
+    assert torch.equal(generate(peft_model, inputs, **options, prompt_lookup_num_tokens=3), expected)
 
 
 def test_greedy_generation_equals_teacher_forcing():
