@@ -8,3 +8,11 @@ class UnsupportedModelError(ValueError):
     Raised before anything in the model is changed. The message names the module and the fields of [`M2PTConfig`] that
     help.
     """
+
+
+class ConversionError(ValueError):
+    """
+    A checkpoint cannot be converted.
+
+    The message names the file or the tensor, what was expected and what was found.
+    """

@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .checkpoint import Checkpoint, ConversionError, StoredTensor, read_json
+from .checkpoint import Checkpoint, StoredTensor, read_json
 from .config import M2PTConfig
+from .errors import ConversionError
 from .loading import MAX_PROBLEMS
 
 

@@ -1,0 +1,8 @@
+"""`python -m peft_m2pt`, the same as the command `peft-m2pt`."""
+
+import sys
+
+from .cli import main
+
+
+sys.exit(main())

@@ -1,0 +1,87 @@
+"""The command `peft-m2pt`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .convert import convert_checkpoint
+from .errors import ConversionError
+
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs the command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Its arguments. `None` for those of the process.
+
+    Returns:
+        `int`: The exit code.
+    """
+    arguments = _make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ConversionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-m2pt", description="Multimodal Prompt Tuning (M2PT) as a PEFT method.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    convert = commands.add_parser(
+        "convert",
+        help="convert a checkpoint of the official M2PT code",
+        description="Converts a checkpoint of the official M2PT code to a LLaVA of transformers with its processor "
+        "(OUTPUT/base) and an M2PT adapter (OUTPUT/adapter).",
+    )
+    convert.add_argument(
+        "original", type=Path, metavar="ORIGINAL", help="folder that the official code has saved: config and weights"
+    )
+    convert.add_argument(
+        "--language-model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the Llama model that was trained on: config, tokenizer, and the weights that ORIGINAL lacks",
+    )
+    convert.add_argument(
+        "--vision-tower",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the CLIP model that was trained on: config, image processor, and the weights that ORIGINAL "
+        "lacks",
+    )
+    convert.add_argument("--output", type=Path, required=True, metavar="OUTPUT", help="folder to write, new or empty")
+    convert.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="size of the largest file to write (default: 5GB)"
+    )
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    config = convert_checkpoint(
+        arguments.original,
+        arguments.language_model,
+        arguments.vision_tower,
+        arguments.output,
+        max_shard_size=arguments.max_shard_size,
+        progressbar=sys.stderr.isatty(),
+    )
+    print(
+        f"{arguments.output} is complete: {config.num_visual_tokens} visual and {config.num_textual_tokens} textual "
+        f"prompts per layer, {config.num_interaction_tokens} interaction prompts."
+    )
