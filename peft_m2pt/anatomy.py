@@ -194,6 +194,11 @@ def _tower_sites(model: nn.Module, kind: Kind, config: M2PTConfig) -> list[Site]
                 f"Set num_{kind}_tokens=0 to do without {kind} prompts, or name another module path with "
                 f"{FIELDS[kind]}=...."
             )
+        if any(site.attention is attention for site in sites.values()):
+            raise UnsupportedModelError(
+                f"The attention '{path}' is shared by several layers of the {TOWERS[kind]}, which therefore cannot "
+                f"have prompts of their own. Set num_{kind}_tokens=0 to do without {kind} prompts."
+            )
         sites[layer] = _site(model, kind, tower, path, layer, attention)
     if not sites:
         raise UnsupportedModelError(

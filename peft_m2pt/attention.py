@@ -8,7 +8,7 @@ wraps, the attention function which that module calls through transformers' `Att
 - *records* the key and the value it is given, when the module runs on the prompt rows, or
 - *attends* with these rows in front of key and value, when the module runs on the tokens.
 
-For every other call, in this model or another, it is the function that transformers would have called.
+For every other call, in this model or another, it does what the function does that transformers would have called.
 """
 
 from __future__ import annotations
@@ -67,8 +67,14 @@ def find_attention_call(module_class: type) -> AttentionCall | None:
         interface = next((value for value in used.values() if isinstance(value, AttentionInterface)), None)
         if interface is not None:
             eager = (value for name, value in used.items() if name.endswith("eager_attention_forward"))
-            return AttentionCall(interface, next(eager, None))
+            others = (value for value in used.values() if _takes_module(value))
+            return AttentionCall(interface, next(eager, None) or next(others, None))
     return None
+
+
+def _takes_module(value: Any) -> bool:
+    """Whether something is a function that takes a module first, as attention functions do."""
+    return inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), None) == "module"
 
 
 @dataclass
@@ -191,7 +197,7 @@ def _own_eager_attention(module_class: type) -> Callable:
     call = find_attention_call(module_class)
     if call is None or call.eager is None:
         raise UnsupportedModelError(
-            f"{module_class.__name__} uses attn_implementation='eager', but no `eager_attention_forward` was found in "
+            f"{module_class.__name__} uses attn_implementation='eager', but no function for it was found in "
             f"{module_class.__module__}. Use attn_implementation='sdpa' for the model that it belongs to."
         )
     return call.eager

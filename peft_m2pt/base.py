@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 NOT_MERGEABLE = (
@@ -42,6 +43,9 @@ class M2PTPrompt(nn.Module):
         """Returns the prompt, a `torch.Tensor` of shape `(num_tokens, width)`."""
         return self.weight
 
+    def __len__(self) -> int:
+        return self.num_tokens
+
     def extra_repr(self) -> str:
         return f"num_tokens={self.num_tokens}, width={self.width}"
 
@@ -58,6 +62,12 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.hooks: list[RemovableHandle] = []
+
+    def remove_hooks(self) -> None:
+        """Removes what the layer has hung on other modules."""
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def expected_weights(self, adapter_name: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """
@@ -106,7 +116,7 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
     ) -> tuple[torch.device | None, torch.dtype | None]:
         # The modules that are wrapped here have no `weight` of their own. New weights get their dtype when they are
         # made: PEFT asks for it here also after loading, and would cast away what half precision cannot hold.
-        return next(base_layer.parameters()).device, None
+        return next((parameter.device for parameter in base_layer.parameters()), None), None
 
     def _new_prompt(self, num_tokens: int, width: int) -> M2PTPrompt:
         """Makes a prompt in the dtype of the base layer."""

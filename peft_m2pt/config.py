@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -159,6 +160,13 @@ class M2PTConfig(PeftConfig):
         if not _is_number(self.init_std) or not math.isfinite(self.init_std) or self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std!r} is not a finite number above 0.")
         _check_names("exclude_modules", self.exclude_modules, allow_string=True)
+        if isinstance(self.exclude_modules, str):
+            try:
+                re.compile(self.exclude_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"exclude_modules={self.exclude_modules!r} is no regular expression: {error}."
+                ) from None
         _check_names("modules_to_save", self.modules_to_save)
         for name in ("vision_encoder", "text_decoder", "connector"):
             path = getattr(self, name)
@@ -200,8 +208,8 @@ class M2PTConfig(PeftConfig):
         The official code takes the visual prompts of the last vision layer, raw and without the first of them, as
         additional tokens of every image. So there is one interaction prompt less than there are visual prompts, in
         placement "image", and the connector is tuned. For its exact numbers the model needs
-        `vision_feature_select_strategy="full"`, since that code keeps the class token where it drops the prompt, and
-        the processor needs [`adapt_processor`].
+        `vision_feature_select_strategy="full"` (without visual prompts: "default"), since that code keeps the class
+        token where it drops the prompt, and the processor needs [`adapt_processor`].
 
         Args:
             num_visual_tokens (`int`, defaults to 20):
@@ -215,7 +223,7 @@ class M2PTConfig(PeftConfig):
             [`M2PTConfig`]
         """
         defaults = {
-            "num_interaction_tokens": max(num_visual_tokens - 1, 0),
+            "num_interaction_tokens": max(num_visual_tokens - 1, 0) if _is_index(num_visual_tokens) else None,
             "interaction_placement": "image",
             "tune_connector": True,
             "init_prompts": "xavier_uniform",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .anatomy import Connector
 from .base import M2PTLayer, M2PTPrompt
@@ -39,7 +39,6 @@ class M2PTConnector(M2PTLayer):
         super().__init__(site.module)
         self.site = site
         self.m2pt_interaction = nn.ModuleDict()
-        self.hook: RemovableHandle | None = None
         # What adapters train of the connector is held by attributes `m2pt_connector_<part>`. Here are the connectors
         # that they are parts of; these are no children of this module, since they share weights with the frozen one.
         self._tuned: dict[str, _Tuned] = {}
@@ -88,11 +87,12 @@ class M2PTConnector(M2PTLayer):
         adapters = [] if self.disable_adapters else self._adapters(self.active_adapters)
         arguments = dict(zip(self.site.argument_names, args), **kwargs)
         features = arguments[self.site.argument_names[0]]
-        prompts = [self.m2pt_interaction[name]() for name in adapters if name in self.m2pt_interaction]
-        num_prompts = sum(map(len, prompts))
-        self._check_image_tokens(len(features), features.shape[-2], num_prompts)
-        if num_prompts > 0:
-            prompts = [prompt.to(features).expand(*features.shape[:-2], -1, -1) for prompt in prompts]
+        prompts = self._active_prompts()
+        if (num_image_tokens := _num_image_tokens.get()) is not None:
+            _num_image_tokens.set(None)
+            self._check_image_tokens(num_image_tokens, len(features), features.shape[-2], sum(map(len, prompts)))
+        if prompts:
+            prompts = [prompt().to(features).expand(*features.shape[:-2], -1, -1) for prompt in prompts]
             arguments[self.site.argument_names[0]] = torch.cat([*prompts, features], dim=-2)
         return self._call(adapters, arguments)
 
@@ -105,27 +105,54 @@ class M2PTConnector(M2PTLayer):
         super().delete_adapter(adapter_name)
         self._tuned.pop(adapter_name, None)
 
-    def count_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def register_hooks(self, model: nn.Module) -> None:
         """
-        Notes how many image tokens the model is given, so that `forward` can say what is wrong with them. A hook that
-        runs before the model's own forward.
-        """
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        known = input_ids is not None and kwargs.get("pixel_values") is not None
-        _num_image_tokens.set((input_ids == model.config.image_token_id).sum() if known else None)
+        Watches the calls of the whole model, to say what is wrong if its input has another number of image tokens than
+        the connector gives.
 
-    def _check_image_tokens(self, num_images: int, num_features: int, num_prompts: int) -> None:
-        num_image_tokens = _num_image_tokens.get()
-        _num_image_tokens.set(None)
-        expected = num_images * (num_features + num_prompts)
-        if num_image_tokens is not None and num_image_tokens != expected:
-            raise ValueError(
-                f"The input has {int(num_image_tokens)} image tokens for {num_images} image(s), but with "
-                f"interaction_placement='image' each image needs {num_features + num_prompts}: {num_features} for its "
-                f"own features and {num_prompts} for the interaction prompts of the active adapter. Prepare the "
-                f"processor with peft_m2pt.adapt_processor(processor, config), where config is the M2PTConfig of that "
-                f"adapter."
-            )
+        Args:
+            model (`nn.Module`):
+                The model.
+        """
+        if not self.hooks:
+            self.hooks = [
+                model.register_forward_pre_hook(self._note_image_tokens, with_kwargs=True),
+                model.register_forward_hook(_forget_image_tokens, always_call=True),
+            ]
+
+    def _note_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args)), **kwargs)
+        if arguments.get("input_ids") is None:
+            return
+        num_image_tokens = (arguments["input_ids"] == model.config.image_token_id).sum()
+        encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            # `generate` has called the vision encoder and the connector already.
+            num_prompts = sum(map(len, self._active_prompts()))
+            features = encoded.pooler_output
+            self._check_image_tokens(num_image_tokens, len(features), len(features[0]) - num_prompts, num_prompts)
+        elif arguments.get("pixel_values") is not None:
+            _num_image_tokens.set(num_image_tokens)
+
+    def _check_image_tokens(
+        self, num_image_tokens: torch.Tensor, num_images: int, num_features: int, num_prompts: int
+    ) -> None:
+        if num_image_tokens == num_images * (num_features + num_prompts):
+            return
+        if num_prompts > 0:
+            way_out = "where config is the M2PTConfig of the active adapter."
+        else:
+            way_out = "where config has interaction_placement='layers', for which the processor is set back."
+        raise ValueError(
+            f"The input has {int(num_image_tokens)} image tokens for {num_images} image(s), but each image needs "
+            f"{num_features + num_prompts}: {num_features} for its own features and {num_prompts} for the interaction "
+            f"prompts of the active adapter. Prepare the processor with peft_m2pt.adapt_processor(processor, config), "
+            f"{way_out}"
+        )
+
+    def _active_prompts(self) -> list[M2PTPrompt]:
+        names = [] if self.disable_adapters else self.active_adapters
+        return [self.m2pt_interaction[name] for name in names if name in self.m2pt_interaction]
 
     def project(self, rows: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """
@@ -163,6 +190,10 @@ class M2PTConnector(M2PTLayer):
         return output.to(features.dtype)
 
 
+def _forget_image_tokens(*args: Any) -> None:
+    _num_image_tokens.set(None)
+
+
 class _Tuned(NamedTuple):
     connector: nn.Module
     is_copy: bool
@@ -184,6 +215,7 @@ def project(site: Connector, rows: torch.Tensor, adapter_name: str) -> torch.Ten
         `torch.Tensor` of shape `(num_interaction_tokens, text_width)`.
     """
     module = site.module
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), rows.dtype)
     if isinstance(module, M2PTConnector):
-        return module.project(rows, adapter_name)
-    return module(site.grouped(rows)).flatten(0, -2)
+        return module.project(rows.to(dtype), adapter_name)
+    return module(site.grouped(rows.to(dtype))).flatten(0, -2)

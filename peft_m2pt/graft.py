@@ -113,4 +113,6 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.linear(x)
-        return output + self.up(self.down(x.to(self.down.weight.dtype))).to(output.dtype)
+        # Contiguous, since torch otherwise multiplies in another order if the matrices need gradients.
+        update = self.up(self.down(x.to(self.down.weight.dtype).contiguous()))
+        return output + update.to(output.dtype)

@@ -53,19 +53,20 @@ class PromptInitialiser:
             nn.init.normal_(prompt.weight, std=self.config.init_std)
         elif self.config.init_prompts == "vocabulary" and site.kind == "textual":
             token_ids = self.token_ids[torch.randint(len(self.token_ids), (prompt.num_tokens,))]
-            prompt.weight.copy_(self.embedding(token_ids.to(self.embedding.weight.device)))
+            embeddings = self.embedding(token_ids.to(self.embedding.weight.device))
+            if not embeddings.is_meta:
+                prompt.weight.copy_(embeddings)
         else:
             # On shape [1, n, D], as the official code has it: a = sqrt(6 / ((n + 1) * D)).
             nn.init.xavier_uniform_(prompt.weight[None])
 
 
 def _ordinary_token_ids(model: nn.Module) -> torch.Tensor:
-    """All ids of the vocabulary, without the special tokens that the model's config names."""
-    special = {
-        value
-        for config in (model.config, model.config.get_text_config())
-        for name, value in config.to_dict().items()
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-    }
+    """All ids of the vocabulary, without the special tokens that the model's configs name."""
+    special: set[int] = set()
+    for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
+        for name, value in config.to_dict().items() if config is not None else ():
+            if name.endswith(("_token_id", "_token_index")):
+                special.update(value if isinstance(value, list) else [value])
     vocab_size = model.get_input_embeddings().num_embeddings
     return torch.tensor([token_id for token_id in range(vocab_size) if token_id not in special])

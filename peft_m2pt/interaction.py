@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .anatomy import Connector, find_tower, has_tower
+from .anatomy import Connector, Kind, find_tower, has_tower
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
 
@@ -56,9 +56,21 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
     module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
-    width = num_layers * find_tower(model, "visual", config)[1].config.hidden_size
-    text_width = find_tower(model, "textual", config)[1].config.get_text_config().hidden_size
-    return Connector(path, parent, name, width, _rows_per_token(module, width, text_width))
+    width = num_layers * _hidden_size(model, "visual", config)
+    return Connector(path, parent, name, width, _rows_per_token(module, width, _hidden_size(model, "textual", config)))
+
+
+def _hidden_size(model: nn.Module, kind: Kind, config: M2PTConfig) -> int:
+    path, tower = find_tower(model, kind, config)
+    # A part of a tower has no config of its own, but its attention modules have.
+    configs = (module.config for module in tower.modules() if hasattr(getattr(module, "config", None), "hidden_size"))
+    tower_config = getattr(tower, "config", None) or next(configs, None)
+    if tower_config is None:
+        raise UnsupportedModelError(
+            f"The width of '{path}' ({type(tower).__name__}) is not known, so nothing can be said of the connector. "
+            f"Set num_interaction_tokens=0 and tune_connector=False."
+        )
+    return (tower_config.get_text_config() if kind == "textual" else tower_config).hidden_size
 
 
 @torch.no_grad()
@@ -99,7 +111,7 @@ def resolve_interaction(model: nn.Module, config: M2PTConfig) -> tuple[int, Conn
     try:
         connector = find_connector(model, config)
     except UnsupportedModelError as error:
-        if num_tokens > 0 and not left_to_the_model:
+        if config.connector is not None or (num_tokens > 0 and not left_to_the_model):
             raise
         if all(has_tower(model, kind, config) for kind in ("visual", "textual")):
             warnings.warn(f"{error} There are no interaction prompts now, and the connector is not tuned.")
@@ -122,7 +134,9 @@ def _why_no_interaction(model: nn.Module, connector: Connector, config: M2PTConf
         return "it does not make one image token of each row of image features, or of a fixed number of rows."
     if config.interaction_placement == "layers":
         return None
-    if model.config.model_type not in IMAGE_PLACEMENT or model.config.vision_config.model_type == "pixtral":
+    model_config = getattr(model, "config", None)
+    has_place = getattr(model_config, "model_type", None) in IMAGE_PLACEMENT
+    if not has_place or model_config.vision_config.model_type == "pixtral":
         return (
             f"with interaction_placement='image' every image gets more tokens, which {type(model).__name__} cannot "
             f"place. Choose interaction_placement='layers'."

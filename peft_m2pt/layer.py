@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,9 +55,9 @@ class M2PTAttention(M2PTLayer):
     def update_layer(
         self,
         adapter_name: str,
-        site: Site,
         num_tokens: int,
         num_interaction_tokens: int,
+        connector: Connector | None,
         init: Callable[[M2PTPrompt, Site | Connector], None],
     ) -> None:
         """
@@ -64,12 +66,12 @@ class M2PTAttention(M2PTLayer):
         Args:
             adapter_name (`str`):
                 Name of the adapter.
-            site ([`~peft_m2pt.anatomy.Site`]):
-                The attention module and its surroundings, with the connector if there are interaction prompts.
             num_tokens (`int`):
                 Number of prompt vectors of the layer's own width.
             num_interaction_tokens (`int`):
                 Number of prompt vectors that the connector brings to this width.
+            connector ([`~peft_m2pt.anatomy.Connector`], *optional*):
+                The connector, if there are interaction prompts.
             init (`Callable`):
                 Fills a prompt in place, for a site.
         """
@@ -77,7 +79,7 @@ class M2PTAttention(M2PTLayer):
             self.m2pt_prompt[adapter_name] = self._new_prompt(num_tokens, self.site.width)
             init(self.m2pt_prompt[adapter_name], self.site)
         if num_interaction_tokens > 0:
-            self.site, connector = site, site.connector
+            self.site = replace(self.site, connector=connector)
             prompt = self._new_prompt(num_interaction_tokens * connector.rows_per_token, connector.width)
             self.m2pt_interaction[adapter_name] = prompt
             init(prompt, connector)
@@ -102,20 +104,20 @@ class M2PTAttention(M2PTLayer):
         """
         Returns key and value of the prompts.
 
-        Decoding, one token at a time on top of a cache, goes on with those of the step before. All other calls compute
-        them anew, which costs little for many tokens, and lets no change of a weight go unseen.
+        While tokens are decoded one at a time, those of the step before serve again. The first call with a cache
+        computes them anew, as does one with many tokens, where it costs little.
         """
-        if torch.is_grad_enabled():
+        cache = next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+        if torch.is_grad_enabled() or cache is None:
             self._kept = None
             return self._record(adapters, arguments)
         tokens = arguments[self._argument_names[0]]
-        decoding = tokens.shape[-2] == 1 and any(arguments.get(name) is not None for name in CACHE_ARGUMENTS)
         device_type = tokens.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         key = (tokens.dtype, tokens.device, autocast, *adapters)
         kept = self._kept
-        if not decoding or kept is None or not kept.holds_for(key):
-            kept = self._kept = _KeptRows(self._record(adapters, arguments), key, self._sources(adapters))
+        if kept is None or tokens.shape[-2] > 1 or not kept.holds_for(cache, key):
+            kept = self._kept = _KeptRows(self._record(adapters, arguments), cache, key, self._sources(adapters))
         return kept.rows
 
     def _sources(self, adapters: Sequence[str]) -> list[torch.Tensor]:
@@ -153,8 +155,8 @@ class M2PTAttention(M2PTLayer):
         if adapter_name in self.m2pt_prompt:
             rows.append(self.m2pt_prompt[adapter_name]().to(dtype))
         if adapter_name in self.m2pt_interaction:
-            interaction = self.m2pt_interaction[adapter_name]().to(dtype)
-            rows.append(project(self.site.connector, interaction, adapter_name))
+            interaction = self.m2pt_interaction[adapter_name]()
+            rows.append(project(self.site.connector, interaction, adapter_name).to(dtype))
         return torch.cat(rows)
 
     def _position_embeddings(
@@ -170,22 +172,23 @@ class M2PTAttention(M2PTLayer):
         rotary = self.site.rotary
         return inspect.unwrap(type(rotary).forward)(rotary, hidden_states, position_ids)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> M2PTAttention:
-        self._kept = None  # computed from weights that are about to move or change their dtype
-        return super()._apply(*args, **kwargs)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
 
 class _KeptRows:
-    """Rows, and the tensors they were computed from: as long as none of these changes, the rows stay right."""
+    """Rows for one cache, which stay right as long as none of the tensors changes that they were computed from."""
 
-    def __init__(self, rows: Rows, key: tuple[Any, ...], sources: Sequence[torch.Tensor]) -> None:
+    def __init__(self, rows: Rows, cache: Any, key: tuple[Any, ...], sources: Sequence[torch.Tensor]) -> None:
         self.rows = rows
+        self.cache = weakref.ref(cache)
         self.key = key
         self.sources = sources
         self.version = self._count_changes()
 
-    def holds_for(self, key: tuple[Any, ...]) -> bool:
-        return self.key == key and self.version is not None and self.version == self._count_changes()
+    def holds_for(self, cache: Any, key: tuple[Any, ...]) -> bool:
+        same_call = self.cache() is cache and self.key == key
+        return same_call and self.version is not None and self.version == self._count_changes()
 
     def _count_changes(self) -> int | None:
         # torch counts the changes of every tensor, except of those made in inference mode.

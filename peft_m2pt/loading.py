@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .base import M2PTLayer
@@ -28,16 +29,19 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
             tower, layer, what was expected and what was found.
     """
     problems = []
+    known = _embedding_weights(model)
     for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            known.update(f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
         if not isinstance(module, M2PTLayer):
             continue
         for part, weight_name, expected in module.expected_weights(adapter_name):
             weight = state_dict.get(f"{name}.{weight_name}")
-            if weight is None or tuple(weight.shape) != expected:
-                found = "nothing" if weight is None else f"shape {list(weight.shape)}"
+            known.add(f"{name}.{weight_name}")
+            if weight is None or tuple(weight.shape) != expected or not weight.is_floating_point():
+                found = "nothing" if weight is None else f"shape {list(weight.shape)}, {weight.dtype}"
                 problems.append(f"{part} ('{module.site.path}'): expected shape {list(expected)}, found {found}")
     # Models that were injected into, without a `PeftModel` around them, lack its prefix.
-    known = model.state_dict().keys()
     problems += [
         f"'{key}': expected nothing, found shape {list(weight.shape)}"
         for key, weight in state_dict.items()
@@ -50,3 +54,14 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
             f"The weights of adapter '{adapter_name}' do not fit the model:\n- {shown}{more}\n"
             f"Load them into the base model and with the M2PTConfig (adapter_config.json) that they were trained with."
         )
+
+
+def _embedding_weights(model: nn.Module) -> set[str]:
+    """Weights of the base model that PEFT saves with an adapter if the vocabulary has grown, or if it is asked to."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {
+        f"{name}.{weight_name}"
+        for name, module in model.named_modules()
+        if any(module is embedding for embedding in embeddings)
+        for weight_name, _ in module.named_parameters()
+    }

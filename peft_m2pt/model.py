@@ -63,9 +63,31 @@ class M2PTModel(BaseTuner):
         return describe(self.model, self.active_adapters)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if "." in adapter_name:
+            raise ValueError(f"The adapter name {adapter_name!r} has a dot in it, which module names cannot have.")
         # What is filled in for this model stays out of the user's config, which may serve for another one.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_back(model, adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
+        """Undoes what an injection has done before it failed."""
+        for path, module in list(model.named_modules()):
+            if not isinstance(module, M2PTLayer):
+                continue
+            for layer_name in module.adapter_layer_names:
+                if adapter_name in getattr(module, layer_name):
+                    del getattr(module, layer_name)[adapter_name]
+            if not module._get_available_adapters():
+                parent_path, _, name = path.rpartition(".")
+                module.remove_hooks()
+                setattr(model.get_submodule(parent_path), name, module.base_layer)
 
     def _prepare_adapter_config(self, peft_config: M2PTConfig, model_config: dict) -> M2PTConfig:
         return peft_config
@@ -83,22 +105,39 @@ class M2PTModel(BaseTuner):
         if self._connector is not None and (peft_config.tune_connector or in_image):
             peft_config.target_modules.add(self._connector.path)
             self._check_connector(peft_config)
+        self._check_exclusions(peft_config)
 
     def _check_connector(self, peft_config: M2PTConfig) -> None:
         path = self._connector.path
-        if not self._check_target_module_exists(peft_config, path):
+        inside = [f"{path}.{name}" if name else path for name, _ in self._connector.module.named_modules()]
+        saved = [name for name in peft_config.modules_to_save or [] if any(part.endswith(name) for part in inside)]
+        excluded = not self._check_target_module_exists(peft_config, path)
+        if saved or excluded:
+            field = f"modules_to_save={saved}" if saved else f"exclude_modules={peft_config.exclude_modules}"
             raise ValueError(
-                f"The connector '{path}' is named by exclude_modules={peft_config.exclude_modules} or "
-                f"modules_to_save={peft_config.modules_to_save}, but the adapter needs it: tune_connector=True trains "
-                f"and saves a copy of it. Do not name it, or set tune_connector=False and num_interaction_tokens=0."
+                f"{field} names the connector '{path}' or a part of it, but the adapter needs it: tune_connector=True "
+                f"trains and saves a copy of it. Do not name it, or set tune_connector=False and "
+                f"num_interaction_tokens=0."
             )
-
         dtypes = {parameter.dtype for parameter in self._connector.module.parameters()}
         quantised = [dtype for dtype in dtypes if not dtype.is_floating_point]
         if peft_config.tune_connector and peft_config.connector_rank is None and quantised:
             raise ValueError(
                 f"The connector '{path}' has quantised weights ({quantised[0]}), of which no copy can be trained. "
                 f"Train an update of it with connector_rank=8, for example, or set tune_connector=False."
+            )
+
+    def _check_exclusions(self, peft_config: M2PTConfig) -> None:
+        """Prompts that were asked for must not vanish without a word."""
+        left = {path for path in self._sites if self._check_target_module_exists(peft_config, path)}
+        for kind in ("visual", "textual"):
+            paths = [path for path, site in self._sites.items() if site.kind == kind]
+            if not paths or left.intersection(paths):
+                continue
+            raise ValueError(
+                f"exclude_modules={peft_config.exclude_modules} and modules_to_save={peft_config.modules_to_save} "
+                f"leave no attention module, such as '{paths[0]}', for {kind} prompts. To do without them, set "
+                f"num_{kind}_tokens=0."
             )
 
     def _create_and_replace(
@@ -120,15 +159,15 @@ class M2PTModel(BaseTuner):
                 self._replace_module(parent, target_name, target, site.attention)
             num_tokens = peft_config.num_visual_tokens if site.kind == "visual" else peft_config.num_textual_tokens
             num_interaction_tokens = num_interaction_tokens if in_layers and site.kind == "textual" else 0
-            target.update_layer(adapter_name, site, num_tokens, num_interaction_tokens, self._initialise)
+            target.update_layer(adapter_name, num_tokens, num_interaction_tokens, site.connector, self._initialise)
         else:
             if not isinstance(target, M2PTConnector):
                 connector = target
                 target = M2PTConnector(self._connector)
                 self._replace_module(parent, target_name, target, connector)
             num_interaction_tokens = 0 if in_layers else num_interaction_tokens
-            if num_interaction_tokens > 0 and target.hook is None:
-                target.hook = self.model.register_forward_pre_hook(target.count_image_tokens, with_kwargs=True)
+            if num_interaction_tokens > 0:
+                target.register_hooks(self.model)
             target.update_layer(
                 adapter_name,
                 peft_config.tune_connector,
@@ -138,11 +177,10 @@ class M2PTModel(BaseTuner):
             )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        connectors = [module for module in self.model.modules() if isinstance(module, M2PTConnector)]
+        layers = [module for module in self.model.modules() if isinstance(module, M2PTLayer)]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for connector in connectors:
-            if connector.hook is not None:
-                connector.hook.remove()
+        for layer in layers:
+            layer.remove_hooks()
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

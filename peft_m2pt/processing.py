@@ -7,8 +7,8 @@ from transformers import ProcessorMixin
 from .config import M2PTConfig
 
 
-# Kept with the tokenizer's own settings, which are saved with it: what an adapted processor has been told before.
-MARK = "m2pt_num_interaction_tokens"
+# Kept with the tokenizer's settings, which are saved with it: what the processor's number was before it was adapted.
+MARK = "num_additional_image_tokens_without_m2pt"
 
 
 def adapt_processor(processor: ProcessorMixin, config: M2PTConfig) -> ProcessorMixin:
@@ -43,7 +43,6 @@ def adapt_processor(processor: ProcessorMixin, config: M2PTConfig) -> ProcessorM
             f"{type(processor).__name__} has no num_additional_image_tokens, so it cannot leave room for interaction "
             f"prompts. Use interaction_placement='layers', which needs no change of the processor."
         )
-    settings = processor.tokenizer.init_kwargs
-    processor.num_additional_image_tokens += num_tokens - settings.get(MARK, 0)
-    settings[MARK] = num_tokens
+    own_tokens = processor.tokenizer.init_kwargs.setdefault(MARK, processor.num_additional_image_tokens)
+    processor.num_additional_image_tokens = own_tokens + num_tokens
     return processor

@@ -38,7 +38,8 @@ def describe(model: nn.Module, active_adapters: Sequence[str]) -> str:
             for part, prompts in ((module.site.kind, module.m2pt_prompt), ("interaction", module.m2pt_interaction)):
                 for adapter, prompt in prompts.items():
                     row = (adapter, part, _any_layer(name))
-                    layers.setdefault(row, []).append((module.site.layer, prompt.num_tokens))
+                    rows = 1 if part != "interaction" else module.site.connector.rows_per_token
+                    layers.setdefault(row, []).append((module.site.layer, prompt.num_tokens // rows))
                     parameters[row] += prompt.parameters()
         elif isinstance(module, M2PTConnector):
             for layer_name in module.adapter_layer_names:
@@ -56,7 +57,8 @@ def describe(model: nn.Module, active_adapters: Sequence[str]) -> str:
         indices = [layer for layer, _ in layers.get(row, [])]
         tokens = sorted({num_tokens for _, num_tokens in layers.get(row, [])})
         star = "*" if adapter in active_adapters else ""
-        table.append((adapter + star, part, module_path, _ranges(indices), _ranges(tokens), *_amounts(group, total)))
+        tokens = ", ".join(map(str, tokens))
+        table.append((adapter + star, part, module_path, _ranges(indices), tokens, *_amounts(group, total)))
     everything = [parameter for group in parameters.values() for parameter in group]
     table.append(("", "total", "", "", "", *_amounts(everything, total)))
     return _format(table)

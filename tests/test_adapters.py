@@ -193,6 +193,32 @@ def test_kept_rows_are_never_out_of_date(change, context):
     assert not torch.equal(evaluate(used), before)
 
 
+def test_rows_belong_to_a_cache():
+    # A change that torch does not count, between two prompts of a single token.
+    peft_model = adapt(make_llava())
+    input_ids = make_inputs(images=False)["input_ids"][:, :1]
+    with torch.no_grad():
+        peft_model(input_ids, use_cache=True)
+        for parameter in trained_by(peft_model).values():
+            parameter.data.mul_(-1)
+        cached = peft_model(input_ids, use_cache=True).logits
+        assert torch.equal(cached, peft_model(input_ids, use_cache=False).logits)
+
+
+def test_kept_rows_are_not_copied():
+    peft_model = adapt(make_llava())
+    layer = peft_model.get_base_model().model.language_model.layers[0].self_attn
+    past = {}
+
+    def remember(module, args, kwargs):
+        past["cache"] = kwargs["past_key_values"]  # rows are kept for as long as their cache
+
+    layer.register_forward_pre_hook(remember, with_kwargs=True)
+    peft_model.generate(**without_labels(make_inputs()), max_new_tokens=2)
+    assert layer._kept.cache() is past["cache"]
+    assert copy.deepcopy(layer)._kept is None and layer.__getstate__()["_kept"] is None
+
+
 @pytest.mark.parametrize("part", ["m2pt_prompt", "m2pt_interaction", "m2pt_connector", "k_proj", "norm"])
 def test_weights_that_change_between_two_tokens(part):
     input_ids = make_inputs(images=False)["input_ids"]

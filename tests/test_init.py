@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from models import IMAGE_TOKEN, PAD_TOKEN, make_llava, trained_by
+from models import IMAGE_TOKEN, PAD_TOKEN, TEXT, make_config, make_llava, trained_by
 from peft import get_peft_model
+from transformers import LlamaConfig
 
 from peft_m2pt import M2PTConfig
 
@@ -37,17 +38,25 @@ def test_normal():
         assert torch.stack(group).std().item() == pytest.approx(0.3, rel=0.05)
 
 
-def test_vocabulary():
+def test_vocabulary(monkeypatch):
+    # Two ends of sequence, as some models have them.
+    monkeypatch.setitem(TEXT, "llama", lambda **kwargs: LlamaConfig(**{**kwargs, "eos_token_id": [2, 7]}))
     peft_model, groups = prompts(init_prompts="vocabulary")
     embeddings = peft_model.get_input_embeddings().weight
     for prompt in groups["textual"]:
         distance = torch.cdist(prompt, embeddings)
         tokens = distance.argmin(1)
         assert torch.equal(prompt, embeddings[tokens])
-        assert not set(tokens.tolist()) & {PAD_TOKEN, 1, 2, IMAGE_TOKEN}
+        assert not set(tokens.tolist()) & {PAD_TOKEN, 1, 2, 7, IMAGE_TOKEN}
         assert len(set(tokens.tolist())) > 20
     bound = math.sqrt(6 / (41 * 32))
     assert torch.stack(groups["visual"]).abs().max() <= bound
+
+
+@pytest.mark.parametrize("init_prompts", ["xavier_uniform", "normal", "vocabulary"])
+def test_models_without_data(init_prompts):
+    peft_model = get_peft_model(make_llava().to("meta"), make_config(init_prompts=init_prompts))
+    assert all(parameter.is_meta for parameter in trained_by(peft_model).values())
 
 
 @pytest.mark.parametrize("rank", [None, 2])

@@ -1,5 +1,6 @@
 """Interaction prompts and the tuned connector: what they are put into, and what they ask of processor and config."""
 
+import copy
 import warnings
 
 import pytest
@@ -144,10 +145,37 @@ class TestNumbers:
             model.config.model_type = "llava_next"
             get_peft_model(model, make_config(**IMAGE))
 
-    @pytest.mark.parametrize("field", ["modules_to_save", "exclude_modules"])
-    def test_connectors_that_are_named_twice(self, field):
-        with pytest.raises(ValueError, match=f"'model.multi_modal_projector' is named by .*{field}="):
-            get_peft_model(make_llava(), M2PTConfig(**{field: ["multi_modal_projector"]}))
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"modules_to_save": ["multi_modal_projector"]},
+            {"modules_to_save": ["linear_1"]},
+            {"exclude_modules": ["multi_modal_projector"]},
+        ],
+        ids=str,
+    )
+    def test_connectors_that_are_named_twice(self, values):
+        model = make_llava()
+        modules = dict(model.named_modules())
+        field = next(iter(values))
+        with pytest.raises(
+            ValueError, match=f"{field}=.* names the connector 'model.multi_modal_projector' or a part"
+        ):
+            get_peft_model(model, M2PTConfig(**values))
+        assert dict(model.named_modules()) == modules
+
+    def test_a_connector_that_is_asked_for_must_be_there(self):
+        with pytest.raises(UnsupportedModelError, match="connector='model.nowhere'"):
+            get_peft_model(make_llava(), M2PTConfig(connector="model.nowhere"))
+
+    def test_towers_in_other_dtypes(self):
+        for config in ({}, {"tune_connector": False}, {"connector_rank": 2}):
+            model = make_llava()
+            model.model.language_model.bfloat16()
+            model.lm_head.bfloat16()
+            peft_model = adapt(model, **config)
+            peft_model(**make_inputs()).loss.backward()
+            assert all(parameter.grad.abs().max() > 0 for parameter in trained_by(peft_model).values())
 
     def test_quantised_connectors_are_not_copied(self):
         model = make_llava()
@@ -175,6 +203,7 @@ class TestNumbers:
         ({"tune_connector": 1}, "tune_connector=1 is neither True nor False"),
         ({"connector_rank": 0}, "connector_rank=0 is not an integer above 0"),
         ({"connector_rank": 2, "tune_connector": False}, "connector_rank=2 says how to tune the connector"),
+        ({"exclude_modules": "("}, "exclude_modules='(' is no regular expression"),
     ],
     ids=str,
 )
@@ -226,7 +255,7 @@ class TestBehaviour:
             assert torch.equal(peft_model(**base_inputs).logits, expected)
         assert torch.equal(peft_model.unload()(**base_inputs).logits, expected)
         assert model.state_dict().keys() == make_llava().state_dict().keys()
-        assert not model._forward_pre_hooks
+        assert not model._forward_pre_hooks and not model._forward_hooks
 
     def test_saving(self, kind, dtype, tmp_path):
         peft_model, inputs = self.make(kind, dtype)
@@ -239,9 +268,10 @@ class TestBehaviour:
                 )
                 for weight_name, weight in trained_by(peft_model).items():
                     assert torch.equal(trained_by(loaded)[weight_name.replace(".default.", f".{name}.")], weight)
-                # torch multiplies by a thin matrix in one way or another, depending on where it lies in memory and on
-                # whether it needs a gradient.
-                tolerance = (1e-4 if dtype == torch.float32 else 0.1) if kind == "low rank" else 0
+                # A product with a thin matrix depends on where in memory that lies, and files are mapped into it.
+                tolerance = (
+                    (1e-4 if dtype == torch.float32 else 0.1) if kind == "low rank" and low_cpu_mem_usage else 0
+                )
                 torch.testing.assert_close(loaded(**inputs).logits, expected, atol=tolerance, rtol=0)
 
     def test_generation(self, kind, dtype):
@@ -272,9 +302,18 @@ def test_wrong_numbers_of_placeholders_name_the_call(num_image_tokens):
         f"has {2 * num_image_tokens} image tokens for 2 image.* each image needs 6: 4 for its own features and 2 for "
         r"the interaction prompts .*peft_m2pt.adapt_processor\(processor, config\)"
     )
-    with pytest.raises(ValueError, match=message):
-        peft_model(**make_inputs(num_image_tokens=num_image_tokens))
-    # Nothing is left over from the error.
+    inputs = make_inputs(num_image_tokens=num_image_tokens)
+    calls = [
+        lambda: peft_model(**inputs),
+        lambda: peft_model(inputs["input_ids"], inputs["pixel_values"]),
+        lambda: peft_model.generate(**without_labels(inputs), max_new_tokens=2),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    # Nothing is left over from the errors, nor from one that has another reason.
+    with pytest.raises(ValueError, match="Input image size"):
+        peft_model(input_ids=inputs["input_ids"], pixel_values=torch.zeros(2, 3, 8, 8))
     features = peft_model.get_image_features(make_inputs()["pixel_values"]).pooler_output
     assert [len(feature) for feature in features] == [6, 6]
     assert peft_model(**image_inputs()).loss.isfinite()
@@ -283,8 +322,11 @@ def test_wrong_numbers_of_placeholders_name_the_call(num_image_tokens):
 def test_a_disabled_adapter_needs_the_processor_of_the_base_model():
     peft_model = adapt(make_llava(), **IMAGE)
     with peft_model.disable_adapter():
-        with pytest.raises(ValueError, match="each image needs 4: 4 for its own features and 0"):
+        message = "each image needs 4: 4 for its own features and 0 .*config has interaction_placement='layers'"
+        with pytest.raises(ValueError, match=message):
             peft_model(**image_inputs())
+        with pytest.raises(ValueError, match=message):
+            peft_model.generate(**without_labels(image_inputs()), max_new_tokens=2)
 
 
 def test_adapters_with_connectors_of_their_own():
@@ -364,6 +406,13 @@ class TestAdaptProcessor:
         assert self.count(processor) == NUM_PATCHES + NUM_INTERACTION
         adapt_processor(processor, make_config(**IMAGE))
         assert self.count(processor) == NUM_PATCHES + NUM_INTERACTION
+
+    def test_processors_that_share_a_tokenizer(self):
+        first = make_processor()
+        second = copy.copy(first)
+        for processor in (first, second):
+            adapt_processor(processor, make_config(**IMAGE))
+            assert self.count(processor) == NUM_PATCHES + NUM_INTERACTION
 
     def test_the_model_takes_it(self):
         peft_model = adapt(make_llava(), **IMAGE)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import IMAGE_TOKEN, adapt, make_inputs, make_llava, without_labels
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 NUM_TEXTUAL, NUM_VISUAL = 3 + 2, 4
@@ -135,6 +136,22 @@ def test_a_prompt_in_several_turns():
         first = peft_model(input_ids=input_ids[:, :9], use_cache=True)
         rest = peft_model(input_ids=input_ids[:, 9:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def my_attention(module, query, key, value, attention_mask, **kwargs):
+    return query, None
+
+
+class MyAttention(torch.nn.Module):
+    def forward(self, query):
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("eager", my_attention)
+        return attend(self, query, query, query, None)
+
+
+def test_eager_functions_of_other_names_are_not_touched():
+    adapt(make_llava(attn="eager"))(**make_inputs())
+    query = torch.ones(1, 1, 2, 2)
+    assert MyAttention()(query)[0] is query
 
 
 def test_other_models_are_not_touched():

@@ -99,3 +99,8 @@ def test_paper(num_visual, num_interaction):
     assert config.tune_connector and config.connector_rank is None
     assert config.init_prompts == "xavier_uniform"
     assert M2PTConfig.paper(num_visual, 5, init_prompts="normal").init_prompts == "normal"
+
+
+def test_paper_with_bad_values():
+    with pytest.raises(ValueError, match="num_visual_tokens='3' is not an integer"):
+        M2PTConfig.paper("3")

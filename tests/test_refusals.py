@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from models import adapt, make_inputs, make_llava
+from models import adapt, make_config, make_inputs, make_llava
 from peft import get_peft_model
 from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_m2pt import M2PTAttention, M2PTConfig, UnsupportedModelError
+from peft_m2pt.base import M2PTLayer
 
 
 class OwnAttention(LlamaAttention):
@@ -178,6 +179,62 @@ def test_embeddings_of_another_width():
     model = make_llava()
     model.set_input_embeddings(nn.Embedding(97, 20))
     refused(model, M2PTConfig(init_prompts="vocabulary"), "init_prompts='vocabulary'", "20", "48", error=ValueError)
+
+
+def test_attention_that_layers_share():
+    model = make_llava()
+    layers = model.model.language_model.layers
+    layers[2].self_attn = layers[0].self_attn
+    refused(model, M2PTConfig(), "'model.language_model.layers.2.self_attn' is shared", "num_textual_tokens=0")
+
+
+@pytest.mark.parametrize(
+    "values", [{"exclude_modules": ["self_attn"]}, {"modules_to_save": ["vision_tower"]}], ids=str
+)
+def test_prompts_do_not_vanish(values):
+    field, names = next(iter(values.items()))
+    refused(
+        make_llava(),
+        M2PTConfig(**values),
+        f"{field}={names}",
+        "visual prompts",
+        "num_visual_tokens=0",
+        error=ValueError,
+    )
+
+
+def test_adapter_names_with_dots():
+    model = make_llava()
+    with pytest.raises(ValueError, match="The adapter name 'my.adapter' has a dot"):
+        get_peft_model(model, M2PTConfig(), adapter_name="my.adapter")
+    assert not any(isinstance(module, M2PTLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first adapter", "second adapter"])
+def test_an_injection_that_fails_half_way_is_taken_back(first, monkeypatch):
+    inputs = make_inputs()
+    model = make_llava()
+    peft_model = None if first else adapt(model, textual_layers=[0])
+    expected = model(**inputs).logits
+    modules = dict(model.named_modules())
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    calls = []
+
+    def fail(self, prompt, site):
+        calls.append(site)
+        if len(calls) == 5:
+            raise MemoryError("no more")
+
+    monkeypatch.setattr("peft_m2pt.init.PromptInitialiser.__call__", fail)
+    with pytest.raises(MemoryError):
+        if first:
+            get_peft_model(model, make_config(interaction_placement="image"))
+        else:
+            peft_model.add_adapter("other", make_config(interaction_placement="image"))
+    after = dict(model.named_modules())
+    assert after.keys() == modules.keys() and all(after[name] is modules[name] for name in modules)
+    assert trainable == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_exclude_modules():

@@ -154,6 +154,32 @@ def test_the_adapter_of_another_model_is_refused(saved):
     refused(folder, "visual prompt of layer 3", "expected shape [4, 32], found nothing", model=other)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.language_model.layers.0.mlp.up_proj.weight", "model.language_model.norm.weight"]
+)
+def test_weights_of_the_base_model_are_refused(saved, name):
+    _, folder = saved
+    weights = load_file(folder / WEIGHTS)
+    save_file({**weights, f"base_model.model.{name}": torch.zeros(2)}, folder / WEIGHTS)
+    refused(folder, f"'base_model.model.{name}': expected nothing, found shape [2]")
+
+
+def test_weights_that_are_no_numbers_are_refused(saved):
+    _, folder = saved
+    weights = load_file(folder / WEIGHTS)
+    name = next(name for name in weights if "vision_tower.encoder.layers.0" in name)
+    save_file({**weights, name: weights[name].to(torch.int32)}, folder / WEIGHTS)
+    refused(folder, "visual prompt of layer 0", "expected shape [4, 32], found shape [4, 32], torch.int32")
+
+
+def test_embeddings_that_were_saved_with_the_adapter(tmp_path):
+    peft_model = adapt(make_llava())
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(make_llava(), tmp_path)
+    inputs = make_inputs()
+    assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
+
+
 def test_long_lists_of_problems_are_cut(saved):
     _, folder = saved
     save_file({f"base_model.model.unknown.{i}": torch.zeros(1) for i in range(20)}, folder / WEIGHTS)
