@@ -1,7 +1,7 @@
 """
 Where a multimodal model keeps its parts.
 
-What can be derived from the model is derived; the tables below hold the rest. Nothing here changes the model.
+What can be derived from the model and its code is derived. Nothing here changes the model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,16 +18,14 @@ from transformers import PreTrainedModel
 
 from .attention import check_implementation, find_attention_call
 from .config import M2PTConfig
+from .dataflow import ChildCall, find_calls, first_reader
 from .errors import UnsupportedModelError
+from .positions import Rotary, argument_names, check_arguments, find_rotary
+from .towers import FIELDS, TOWERS, Kind, find_tower
 
 
-Kind = Literal["visual", "textual"]
-
-# The norm whose output is the attention's input, by its name in the block that holds both.
-NORMS = ("input_layernorm", "layer_norm1", "attention_norm")
-
-FIELDS = {"visual": "vision_encoder", "textual": "text_decoder"}
-TOWERS = {"visual": "vision encoder", "textual": "language model"}
+# Arguments with which a layer hands another sequence to an attention module, which is cross-attention then.
+OTHER_SEQUENCES = {"context", "cross_attention_states", "encoder_hidden_states", "key_value_states"}
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,14 @@ class Site:
         attention (`nn.Module`):
             The attention module itself.
         block (`nn.Module`):
-            The module that holds the attention and its norm.
-        norm (`str`):
-            Name of that norm in the block.
+            The module that holds the norms.
+        norms (`tuple[str, ...]`):
+            Names of the modules in the block whose output, one after the other, is the attention's input. Empty where
+            the attention reads the layer's input itself.
         width (`int`):
             Width D of the layer's input, and so of its prompts.
-        rotary (`nn.Module`, *optional*):
-            Computes position embeddings from position ids. `None` where prompts have no position.
+        rotary ([`~peft_m2pt.positions.Rotary`], *optional*):
+            Computes rotations from positions. `None` where prompts have no position.
         connector ([`Connector`], *optional*):
             What brings interaction prompts to the layer. `None` where there are none.
     """
@@ -61,10 +60,16 @@ class Site:
     layer: int
     attention: nn.Module
     block: nn.Module
-    norm: str
+    norms: tuple[str, ...]
     width: int
-    rotary: nn.Module | None
+    rotary: Rotary | None
     connector: Connector | None = None
+
+    def normed(self, prompts: torch.Tensor) -> torch.Tensor:
+        """What the attention sees of prompts in the layer's input: LN(P)."""
+        for name in self.norms:
+            prompts = getattr(self.block, name)(prompts)
+        return prompts
 
 
 @dataclass(frozen=True)
@@ -135,76 +140,50 @@ def find_sites(model: nn.Module, config: M2PTConfig) -> list[Site]:
     return sites
 
 
-def find_tower(model: nn.Module, kind: Kind, config: M2PTConfig) -> tuple[str, nn.Module]:
+def tower_width(model: nn.Module, kind: Kind, config: M2PTConfig) -> int:
     """
-    Finds the vision encoder ("visual") or the language model ("textual").
-
-    Returns:
-        `tuple[str, nn.Module]`: Its module path in the model and the module.
+    The width of the vision encoder ("visual") or the language model ("textual").
 
     Raises:
-        UnsupportedModelError: If it is not found.
+        UnsupportedModelError: If the tower is not found, or nothing in it tells its width.
     """
-    field = FIELDS[kind]
-    path = getattr(config, field)
-    if path is not None:
-        try:
-            return path, model.get_submodule(path)
-        except AttributeError:
-            raise UnsupportedModelError(
-                f"{field}={path!r}: {type(model).__name__} has no module of this path."
-            ) from None
-
-    tower = _look_up_tower(model, kind)
-    if tower is None:
+    path, tower = find_tower(model, kind, config)
+    attention = next((attention for _, attention in _attention_modules(tower, path)), None)
+    width = None if attention is None else _width(attention)
+    if width is None:
         raise UnsupportedModelError(
-            f"No {TOWERS[kind]} was found in {type(model).__name__}. Name its module path with {field}=..., or set "
-            f"num_{kind}_tokens=0 to do without {kind} prompts."
+            f"The width of '{path}' ({type(tower).__name__}) is not known, so nothing can be said of the connector. "
+            f"Set num_interaction_tokens=0 and tune_connector=False."
         )
-    return next(path for path, module in model.named_modules() if module is tower), tower
-
-
-def has_tower(model: nn.Module, kind: Kind, config: M2PTConfig) -> bool:
-    """Whether a model has a vision encoder ("visual") or a language model ("textual")."""
-    return getattr(config, FIELDS[kind]) is not None or _look_up_tower(model, kind) is not None
-
-
-def _look_up_tower(model: nn.Module, kind: Kind) -> nn.Module | None:
-    """Asks transformers for a tower. It answers with the model itself where it knows of none."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    encoder = model.get_encoder(modality="image")
-    if kind == "visual":
-        return encoder if encoder is not model or model.main_input_name == "pixel_values" else None
-    decoder = model.get_decoder()
-    if decoder is model and model.main_input_name != "input_ids":
-        return None
-    holds_encoder = encoder is not model and any(module is encoder for module in decoder.modules())
-    return None if holds_encoder else decoder
+    return width
 
 
 def _tower_sites(model: nn.Module, kind: Kind, config: M2PTConfig) -> list[Site]:
     tower_path, tower = find_tower(model, kind, config)
+    way_out = (
+        f"Set num_{kind}_tokens=0 to do without {kind} prompts, or name another module path with {FIELDS[kind]}=...."
+    )
     sites: dict[int, Site] = {}
-    for path, attention in _attention_modules(tower, tower_path):
-        layer = _layer_index(path.removeprefix(tower_path), default=len(sites))
+    for layer, path, attention in _layers(tower, tower_path):
+        site = _site(model, kind, path, layer, attention, way_out)
+        if site is None:
+            continue
         if layer in sites:
             raise UnsupportedModelError(
                 f"Layer {layer} of the {TOWERS[kind]} has two attention modules, '{sites[layer].path}' and '{path}'. "
-                f"Set num_{kind}_tokens=0 to do without {kind} prompts, or name another module path with "
-                f"{FIELDS[kind]}=...."
+                f"{way_out}"
             )
         if any(site.attention is attention for site in sites.values()):
             raise UnsupportedModelError(
                 f"The attention '{path}' is shared by several layers of the {TOWERS[kind]}, which therefore cannot "
                 f"have prompts of their own. Set num_{kind}_tokens=0 to do without {kind} prompts."
             )
-        sites[layer] = _site(model, kind, tower, path, layer, attention)
+        sites[layer] = site
     if not sites:
         raise UnsupportedModelError(
-            f"The {TOWERS[kind]} '{tower_path}' ({type(tower).__name__}) has no self-attention that calls the "
-            f"attention interface of transformers, by which M2PT reaches keys and values. Name another module path "
-            f"with {FIELDS[kind]}=..., or set num_{kind}_tokens=0 to do without {kind} prompts."
+            f"The {TOWERS[kind]} '{tower_path}' ({type(tower).__name__}) has no layer with self-attention that calls "
+            f"the attention interface of transformers, by which M2PT reaches keys and values. Name another module "
+            f"path with {FIELDS[kind]}=..., or set num_{kind}_tokens=0 to do without {kind} prompts."
         )
     live = list(sites)
     if kind == "visual":
@@ -213,9 +192,24 @@ def _tower_sites(model: nn.Module, kind: Kind, config: M2PTConfig) -> list[Site]
     return [sites[layer] for layer in _choose_layers(config, kind, live, all_layers=list(sites))]
 
 
-def _layer_index(path: str, default: int) -> int:
-    """The first number in a module path, which is the layer's index."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), default)
+def _layers(tower: nn.Module, tower_path: str) -> Iterator[tuple[int, str, nn.Module]]:
+    """
+    Yields layer index, path and module of each attention in the layers of a tower.
+
+    A layer is an element of a list of modules; what stands outside of lists, such as a pooling head, is none. Where a
+    tower has several lists, one after the other, the layers are counted through.
+    """
+    offsets: dict[str, int] = {}
+    num_layers = 0
+    for path, attention in _attention_modules(tower, tower_path):
+        parts = path.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if place is None:
+            continue
+        stack, index = ".".join(parts[:place]), int(parts[place])
+        offset = offsets.setdefault(stack, num_layers)
+        num_layers = max(num_layers, offset + index + 1)
+        yield offset + index, path, attention
 
 
 def _first_dead_layer(model: nn.Module, num_layers: int) -> int:
@@ -224,7 +218,9 @@ def _first_dead_layer(model: nn.Module, num_layers: int) -> int:
 
     `vision_feature_layer` counts hidden states: 0 is the input of the first layer, -1 the output of the last.
     """
-    feature_layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    config = getattr(model, "config", None)
+    vision_config = getattr(config, "vision_config", None)
+    feature_layers = getattr(config, "vision_feature_layer", getattr(vision_config, "feature_layer", None))
     if feature_layers is None:
         return num_layers
     feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
@@ -262,28 +258,77 @@ def _choose_layers(config: M2PTConfig, kind: Kind, live: list[int], all_layers: 
     return sorted(set(chosen))
 
 
-def _site(model: nn.Module, kind: Kind, tower: nn.Module, path: str, layer: int, attention: nn.Module) -> Site:
+def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Module, way_out: str) -> Site | None:
+    """Describes the attention of a layer. `None` if it has no keys and values of its own input."""
+    if getattr(attention, "is_kv_shared_layer", False):
+        return None
+    input_ = _find_input(model, path, way_out)
+    if input_ is None:
+        return None
     check_implementation(attention, path)
-    block = model.get_submodule(path.rpartition(".")[0])
-    norm = next((name for name in NORMS if isinstance(getattr(block, name, None), nn.Module)), None)
-    if norm is None:
+    check_arguments(attention, path, way_out)
+    if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in attention.modules()):
         raise UnsupportedModelError(
-            f"The norm in front of the attention '{path}' was not found in its block ({type(block).__name__}), which "
-            f"has none of {NORMS}. Set num_{kind}_tokens=0 to do without {kind} prompts."
+            f"The attention '{path}' ({type(attention).__name__}) mixes neighbouring tokens with a convolution before "
+            f"it computes keys and values, so those of the tokens would depend on the prompts. {way_out}"
         )
-    rotary = getattr(tower, "rotary_emb", None) if kind == "textual" else None
-    needs_rotary = "position_embeddings" in inspect.signature(type(attention).forward).parameters
-    if kind == "textual" and needs_rotary and rotary is None:
+    block, norms = input_
+    rotary = find_rotary(model, path, attention, layer) if kind == "textual" else None
+    if kind == "textual" and rotary is None and "position_embeddings" in argument_names(attention):
         raise UnsupportedModelError(
-            f"The attention '{path}' takes position embeddings, but the {TOWERS[kind]} ({type(tower).__name__}) has "
-            f"no `rotary_emb` to compute them. Set num_{kind}_tokens=0 to do without {kind} prompts, or name another "
-            f"module path with {FIELDS[kind]}=...."
+            f"The attention '{path}' takes position embeddings, but no module around it has a `rotary_emb` to compute "
+            f"them. {way_out}"
         )
-    return Site(kind, path, layer, attention, block, norm, attention.config.hidden_size, rotary)
+    return Site(kind, path, layer, attention, block, norms, _width(attention), rotary)
+
+
+def _find_input(model: nn.Module, path: str, way_out: str) -> tuple[nn.Module, tuple[str, ...]] | None:
+    """
+    Finds where the input of an attention comes from: the block that holds the norms in front of it, and their names.
+
+    Climbs from module to module as long as each hands on its own input. `None` for cross-attention.
+    """
+    attention_path = path
+    while True:
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if isinstance(parent, nn.ModuleList):
+            return model.get_submodule(path), ()
+        calls = find_calls(parent, name)
+        if any(OTHER_SEQUENCES & call.arguments for call in calls):
+            return None
+        flow = _common_flow(calls)
+        if flow is None or not all(_is_norm(getattr(parent, module)) for module in flow.modules):
+            raise UnsupportedModelError(
+                f"What the attention '{attention_path}' reads is not clear from the code of {type(parent).__name__}: "
+                f"it is neither the layer's input nor the output of a norm. {way_out}"
+            )
+        if flow.modules:
+            return parent, flow.modules
+        path = parent_path
+
+
+def _common_flow(calls: list[ChildCall]):
+    flows = {call.flow for call in calls}
+    return flows.pop() if len(flows) == 1 else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module treats every token by itself and leaves its width, as norms and dropout do."""
+    return "norm" in type(module).__name__.lower() or isinstance(module, (nn.Dropout, nn.Identity))
+
+
+def _width(attention: nn.Module) -> int | None:
+    linear = first_reader(attention, "in_features")
+    return getattr(attention.config, "hidden_size", None) if linear is None else linear.in_features
 
 
 def _attention_modules(tower: nn.Module, tower_path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields path and module of each attention of a tower, seen through the wrappers of PEFT."""
+    """
+    Yields path and module of each attention of a tower, seen through the wrappers of PEFT.
+
+    A language model's own list of layers is what counts in it; beside it there may be encoders.
+    """
     recorded = _recorded_attention_classes(tower)
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -302,7 +347,14 @@ def _attention_modules(tower: nn.Module, tower_path: str) -> Iterator[tuple[str,
             for name, child in module.named_children():
                 yield from walk(child, f"{path}.{name}" if path else name)
 
-    return walk(tower, tower_path)
+    own_lists = [name for name, child in tower.named_children() if isinstance(child, nn.ModuleList)]
+    for name in own_lists:
+        found = False
+        for found in walk(getattr(tower, name), f"{tower_path}.{name}" if tower_path else name):
+            yield found
+        if found:
+            return
+    yield from walk(tower, tower_path)
 
 
 def _recorded_attention_classes(tower: nn.Module) -> tuple[type, ...]:

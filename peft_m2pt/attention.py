@@ -13,6 +13,7 @@ For every other call, in this model or another, it does what the function does t
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,11 +66,24 @@ def find_attention_call(module_class: type) -> AttentionCall | None:
             continue
         used = {name: function.__globals__.get(name) for name in function.__code__.co_names}
         interface = next((value for value in used.values() if isinstance(value, AttentionInterface)), None)
-        if interface is not None:
+        if interface is not None and not _asks_for_attribute(function, interface):
             eager = (value for name, value in used.items() if name.endswith("eager_attention_forward"))
             others = (value for value in used.values() if _takes_module(value))
             return AttentionCall(interface, next(eager, None) or next(others, None))
     return None
+
+
+def _asks_for_attribute(function: Callable, interface: AttentionInterface) -> bool:
+    """
+    Whether a function calls `getattr(interface, ...)`. An interface has no attributes of the names of implementations,
+    so that always gives the default.
+    """
+    loaded = [instruction.argval for instruction in dis.get_instructions(function)]
+    return any(
+        first == "getattr" and function.__globals__.get(second) is interface
+        for first, second in zip(loaded, loaded[1:])
+        if isinstance(second, str)
+    )
 
 
 def _takes_module(value: Any) -> bool:
@@ -131,7 +145,8 @@ class _Attender:
         key = _put_in_front(self.rows.key, key)
         value = _put_in_front(self.rows.value, value)
         output, weights = attend(self.module, query, key, value, attention_mask, **kwargs)
-        return output[:, num_dummies:], weights
+        # Some modules arrange the weights by their tokens, which know nothing of prompts.
+        return output[:, num_dummies:], None if weights is None else weights[..., num_rows:]
 
 
 def widen_mask(attention_mask: torch.Tensor, num_rows: int, key_length: int) -> torch.Tensor:
@@ -250,7 +265,7 @@ def extend_attention_function(module: nn.Module, path: str) -> None:
         interface.register(implementation, PromptAttention(implementation, attend))
 
 
-def record_rows(module: nn.Module, path: str, arguments: dict[str, Any]) -> Rows:
+def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_rows: int) -> Rows:
     """
     Runs an attention module on prompt rows and takes the key and value that reach its attention function.
 
@@ -261,18 +276,26 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any]) -> Rows
             Its module path, for error messages.
         arguments (`dict[str, Any]`):
             Keyword arguments for its `forward`.
+        num_rows (`int`):
+            Number of prompt rows among them.
 
     Returns:
         [`Rows`]
 
     Raises:
-        UnsupportedModelError: If no attention function was called.
+        UnsupportedModelError: If no attention function was called, or with other keys than those of the prompt rows.
     """
     with _as_current(_Recorder(module)) as recorder:
         # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
         module.forward(**arguments)
     if recorder.rows is None:
         raise _goes_round(module, path)
+    if recorder.rows.key.shape[0] != 1 or recorder.rows.key.shape[2] != num_rows:
+        raise UnsupportedModelError(
+            f"The attention '{path}' ({type(module).__name__}) made keys of shape {tuple(recorder.rows.key.shape)} of "
+            f"{num_rows} prompt rows, where (1, num_heads, {num_rows}, head_dim) was expected. Leave it out with "
+            f"exclude_modules=['{path}']."
+        )
     return recorder.rows
 
 

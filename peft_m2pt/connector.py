@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -169,7 +169,7 @@ class M2PTConnector(M2PTLayer):
         """
         return self._call([adapter_name], {self.site.argument_names[0]: self.site.grouped(rows)}).flatten(0, -2)
 
-    def _call(self, adapters: Sequence[str], arguments: dict[str, Any]) -> torch.Tensor:
+    def _call(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Any:
         """Calls the connector that these adapters have tuned, or the frozen one."""
         names = [name for name in adapters if name in self._tuned]
         if len(names) > 1:
@@ -184,10 +184,20 @@ class M2PTConnector(M2PTLayer):
         if not tuned.is_copy:
             return tuned.connector(**arguments)
         # The copy may be kept in a higher precision than the model.
-        features = arguments[self.site.argument_names[0]]
-        dtype = next(tuned.connector.parameters()).dtype
-        output = tuned.connector(**{**arguments, self.site.argument_names[0]: features.to(dtype)})
-        return output.to(features.dtype)
+        dtype = arguments[self.site.argument_names[0]].dtype
+        of_copy = next(tuned.connector.parameters()).dtype
+        return _cast(tuned.connector(**_cast(arguments, of_copy)), dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Casts the floating-point tensors in what a connector takes or gives."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return type(value)(**{name: _cast(item, dtype) for name, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
 
 
 def _forget_image_tokens(*args: Any) -> None:

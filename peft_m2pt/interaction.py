@@ -8,13 +8,23 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .anatomy import Connector, Kind, find_tower, has_tower
+from .anatomy import Connector, tower_width
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
+from .towers import has_tower
 
 
 # The connector, by the last part of its module path.
-CONNECTORS = ("multi_modal_projector", "connector")
+CONNECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "aligner",
+    "embed_vision",
+    "merger",
+    "mm_projector",
+    "projector",
+    "vision_projection",
+)
 
 # Model types in which every row of the connector's output is an image token, whatever the number of rows.
 IMAGE_PLACEMENT = ("llava",)
@@ -56,21 +66,17 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
     module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
-    width = num_layers * _hidden_size(model, "visual", config)
-    return Connector(path, parent, name, width, _rows_per_token(module, width, _hidden_size(model, "textual", config)))
+    widths = [num_layers * tower_width(model, "visual", config), *_widths_of_linears(module)]
+    text_width = tower_width(model, "textual", config)
+    for width in dict.fromkeys(widths):
+        if rows_per_token := _rows_per_token(module, width, text_width):
+            return Connector(path, parent, name, width, rows_per_token)
+    return Connector(path, parent, name, widths[0], None)
 
 
-def _hidden_size(model: nn.Module, kind: Kind, config: M2PTConfig) -> int:
-    path, tower = find_tower(model, kind, config)
-    # A part of a tower has no config of its own, but its attention modules have.
-    configs = (module.config for module in tower.modules() if hasattr(getattr(module, "config", None), "hidden_size"))
-    tower_config = getattr(tower, "config", None) or next(configs, None)
-    if tower_config is None:
-        raise UnsupportedModelError(
-            f"The width of '{path}' ({type(tower).__name__}) is not known, so nothing can be said of the connector. "
-            f"Set num_interaction_tokens=0 and tune_connector=False."
-        )
-    return (tower_config.get_text_config() if kind == "textual" else tower_config).hidden_size
+def _widths_of_linears(connector: nn.Module) -> list[int]:
+    """Width of the input of the first linear layer, which is wider than the features if a model merged some before."""
+    return [module.in_features for module in connector.modules() if hasattr(module, "in_features")][:1]
 
 
 @torch.no_grad()
@@ -80,7 +86,7 @@ def _rows_per_token(connector: nn.Module, width: int, text_width: int) -> int | 
     for rows_per_token in (1, 4, 9, 16):
         try:
             output = connector(torch.zeros(3, rows_per_token, width, dtype=dtype, device=device))
-        except (RuntimeError, TypeError, ValueError, ZeroDivisionError):
+        except Exception:  # whatever a connector says of rows that do not suit it
             continue
         if isinstance(output, torch.Tensor) and output.shape[-1] == text_width and output.numel() == 3 * text_width:
             return rows_per_token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,11 +14,10 @@ from .anatomy import Connector, Site
 from .attention import Rows, attending, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
+from .positions import argument_names, prompt_arguments
 
 
-# Arguments of attention modules that speak of the tokens, and must not reach a pass over prompt rows.
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value")
-TOKEN_ARGUMENTS = ("attention_mask", "cache_position", "use_cache", *CACHE_ARGUMENTS)
 
 
 class M2PTAttention(M2PTLayer):
@@ -49,7 +47,7 @@ class M2PTAttention(M2PTLayer):
         self.site = site
         self.m2pt_prompt = nn.ModuleDict()
         self.m2pt_interaction = nn.ModuleDict()
-        self._argument_names = list(inspect.signature(type(site.attention).forward).parameters)[1:]
+        self._argument_names = argument_names(site.attention)
         self._kept: _KeptRows | None = None
 
     def update_layer(
@@ -88,13 +86,18 @@ class M2PTAttention(M2PTLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base layer, which attends to the prompts of the active adapters besides its own tokens."""
-        adapters = [] if self.disable_adapters else self._adapters(self.active_adapters)
-        if not adapters:
+        if not self.is_active:
             return self.base_layer(*args, **kwargs)
+        adapters = self._adapters(self.active_adapters)
         extend_attention_function(self.base_layer, self.site.path)
         rows = self._rows(adapters, dict(zip(self._argument_names, args), **kwargs))
         with attending(self.base_layer, self.site.path, rows):
             return self.base_layer(*args, **kwargs)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there are prompts of an active adapter."""
+        return not self.disable_adapters and bool(self._adapters(self.active_adapters))
 
     def describe_weight(self, layer_name: str, name: str) -> str:
         kind = "interaction" if layer_name == "m2pt_interaction" else self.site.kind
@@ -122,7 +125,7 @@ class M2PTAttention(M2PTLayer):
 
     def _sources(self, adapters: Sequence[str]) -> list[torch.Tensor]:
         """The weights from which key and value of the prompts are computed."""
-        modules = [getattr(self.site.block, self.site.norm), self.base_layer]
+        modules = [*(getattr(self.site.block, name) for name in self.site.norms), self.base_layer]
         for name in adapters:
             modules += [prompts[name] for prompts in (self.m2pt_prompt, self.m2pt_interaction) if name in prompts]
         if self.site.connector is not None:
@@ -131,23 +134,12 @@ class M2PTAttention(M2PTLayer):
 
     def _record(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
         """Lets the base layer compute key and value of the prompts, in a batch of 1."""
-        hidden_states_name = self._argument_names[0]
-        tokens = arguments[hidden_states_name]
+        tokens = arguments[self._argument_names[0]]
         prompts = [self._prompt(name, tokens.dtype) for name in adapters]
-        hidden_states = getattr(self.site.block, self.site.norm)(torch.cat(prompts)).to(tokens.dtype)
-        hidden_states = hidden_states.reshape(*[1] * (tokens.dim() - 2), *hidden_states.shape)
-        # Text prompts stand right in front of the first token, at -n ... -1, each adapter's on its own.
-        position_ids = torch.cat([torch.arange(-len(prompt), 0, device=tokens.device) for prompt in prompts])[None]
-
-        arguments = {name: None if name in TOKEN_ARGUMENTS else value for name, value in arguments.items()}
-        arguments[hidden_states_name] = hidden_states
-        if arguments.get("position_ids") is not None:
-            arguments["position_ids"] = position_ids
-        if arguments.get("position_embeddings") is not None:
-            arguments["position_embeddings"] = self._position_embeddings(
-                hidden_states, position_ids, arguments["position_embeddings"]
-            )
-        return record_rows(self.base_layer, self.site.path, arguments)
+        hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
+        lengths = [len(prompt) for prompt in prompts] if self.site.kind == "textual" else None
+        arguments = prompt_arguments(self.base_layer, arguments, hidden_states, lengths, self.site.rotary)
+        return record_rows(self.base_layer, self.site.path, arguments, len(hidden_states))
 
     def _prompt(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
         """The prompt rows of an adapter: [P ; f_in(V)], where f_in is the connector."""
@@ -158,19 +150,6 @@ class M2PTAttention(M2PTLayer):
             interaction = self.m2pt_interaction[adapter_name]()
             rows.append(project(self.site.connector, interaction, adapter_name).to(dtype))
         return torch.cat(rows)
-
-    def _position_embeddings(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, of_tokens: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.site.rotary is None:
-            # Visual prompts have no place in the image: they are not rotated (cos 1, sin 0).
-            cos = of_tokens[0]
-            cos = cos.new_ones(*[1] * (cos.dim() - 2), position_ids.shape[-1], cos.shape[-1])
-            return cos, torch.zeros_like(cos)
-        # The function below the decorators: these adapt the frequencies of some rotaries to the longest position they
-        # see. The frequencies in use are those of the tokens, and so must be those of the prompts.
-        rotary = self.site.rotary
-        return inspect.unwrap(type(rotary).forward)(rotary, hidden_states, position_ids)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}

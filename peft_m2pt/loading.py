@@ -58,7 +58,10 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
 
 def _embedding_weights(model: nn.Module) -> set[str]:
     """Weights of the base model that PEFT saves with an adapter if the vocabulary has grown, or if it is asked to."""
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    try:
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # by models that have several
+        return set()
     return {
         f"{name}.{weight_name}"
         for name, module in model.named_modules()

@@ -15,12 +15,14 @@ from .anatomy import find_sites
 from .base import NOT_MERGEABLE, M2PTLayer
 from .config import M2PTConfig
 from .connector import M2PTConnector
+from .entrances import count_from_first_token, let_gradients_in
 from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_state_dict
 from .register import PREFIX
 from .report import describe
+from .towers import find_tower
 
 
 class M2PTModel(BaseTuner):
@@ -70,11 +72,25 @@ class M2PTModel(BaseTuner):
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._prepare_entrances(model, adapter_name)
         except Exception:
             self._take_back(model, adapter_name)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             raise
+
+    def _prepare_entrances(self, model: nn.Module, adapter_name: str) -> None:
+        """Prepares each tower with prompts of an adapter, at its first layer."""
+        config = self.peft_config[adapter_name]
+        for kind in ("visual", "textual"):
+            path = next((path for path, site in self._sites.items() if site.kind == kind), None)
+            layer = None if path is None else model.get_submodule(path)
+            if not isinstance(layer, M2PTAttention) or layer.hooks:
+                continue
+            tower_path, _ = find_tower(model, kind, config)
+            layer.hooks += let_gradients_in(model, tower_path, path)
+            if kind == "textual":
+                layer.hooks += count_from_first_token(model, layer)
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         """Undoes what an injection has done before it failed."""

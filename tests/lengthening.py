@@ -80,7 +80,9 @@ def _text_states(
         prompt = _batched(prompts.get(i), states[-1])
         n = prompt.shape[1]
         hidden_states = torch.cat([prompt, states[-1]], dim=1)
-        position_ids = torch.arange(hidden_states.shape[1])[None]
+        # Positions count from the first token of each sample.
+        of_tokens = n + (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        position_ids = torch.cat([torch.arange(n).expand(len(of_tokens), -1), of_tokens], dim=1)
         window = getattr(decoder.config, "sliding_window", None)
         output = layer(
             hidden_states,

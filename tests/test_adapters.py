@@ -121,9 +121,9 @@ def count_records(monkeypatch):
     calls = []
     record_rows = peft_m2pt.layer.record_rows
 
-    def counting(module, path, arguments):
+    def counting(module, path, *args):
         calls.append(path)
-        return record_rows(module, path, arguments)
+        return record_rows(module, path, *args)
 
     monkeypatch.setattr(peft_m2pt.layer, "record_rows", counting)
     return calls

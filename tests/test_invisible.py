@@ -20,11 +20,11 @@ def test_outputs_have_the_shapes_of_the_base_model(attn):
     assert [state.shape for state in ours.hidden_states] == [state.shape for state in base.hidden_states]
     assert ours.past_key_values.get_seq_length() == base.past_key_values.get_seq_length()
     if attn == "eager":
-        # The one place where prompts show: what each token gives to them stands in columns on the left.
         assert len(ours.attentions) == len(base.attentions) == 3
         for with_prompts, without in zip(ours.attentions, base.attentions):
-            assert with_prompts.shape == (*without.shape[:-1], NUM_TEXTUAL + without.shape[-1])
-            torch.testing.assert_close(with_prompts.sum(-1), torch.ones(without.shape[:-1]))
+            assert with_prompts.shape == without.shape
+            # What is missing to 1 is what each token gives to the prompts.
+            assert (with_prompts.sum(-1) < without.sum(-1)).all()
 
 
 def test_attentions_of_the_vision_encoder():
@@ -32,8 +32,7 @@ def test_attentions_of_the_vision_encoder():
     pixel_values = make_inputs()["pixel_values"]
     adapt(model)
     attentions = model.model.vision_tower(pixel_values, output_attentions=True).attentions
-    # Three live layers with prompts and the last one without.
-    assert [attention.shape[-1] for attention in attentions] == [5 + NUM_VISUAL] * 3 + [5]
+    assert [attention.shape[-1] for attention in attentions] == [5] * 4
 
 
 def test_no_entry_twice_when_hooks_were_there_before():

@@ -6,6 +6,7 @@ from models import adapt, make_config, make_inputs, make_llava
 from peft import get_peft_model
 from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from peft_m2pt import M2PTAttention, M2PTConfig, UnsupportedModelError
@@ -115,7 +116,7 @@ def test_no_attention():
     refused(
         make_llava(),
         M2PTConfig(vision_encoder="model.multi_modal_projector"),
-        "'model.multi_modal_projector' (LlavaMultiModalProjector) has no self-attention",
+        "'model.multi_modal_projector' (LlavaMultiModalProjector) has no layer with self-attention",
         "vision_encoder=",
         "num_visual_tokens=0",
     )
@@ -143,16 +144,17 @@ def test_paths_that_help():
     assert sum(isinstance(module, M2PTAttention) for module in peft_model.modules()) == 4 + 3
 
 
-def test_no_norm():
+def test_input_that_is_not_clear():
+    class Doubling(CLIPEncoderLayer):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            return self.self_attn(hidden_states=2 * self.layer_norm1(hidden_states))[0]
+
     model = make_llava()
-    layer = model.model.vision_tower.encoder.layers[0]
-    layer.something = layer.layer_norm1
-    del layer.layer_norm1
+    model.model.vision_tower.encoder.layers[0].__class__ = Doubling
     refused(
         model,
         M2PTConfig(),
-        "The norm in front of the attention 'model.vision_tower.encoder.layers.0.self_attn'",
-        "CLIPEncoderLayer",
+        "What the attention 'model.vision_tower.encoder.layers.0.self_attn' reads is not clear from the code of Doubling",
         "num_visual_tokens=0",
     )
 

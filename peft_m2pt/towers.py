@@ -1,0 +1,100 @@
+"""The towers of a multimodal model: its encoder of images (or sounds), and its language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import M2PTConfig
+from .errors import UnsupportedModelError
+
+
+Kind = Literal["visual", "textual"]
+
+FIELDS = {"visual": "vision_encoder", "textual": "text_decoder"}
+TOWERS = {"visual": "vision encoder", "textual": "language model"}
+
+# Names of encoders where transformers does not look for them.
+VISION_ENCODERS = ("vision_tower", "vision_model", "image_encoder", "img_processor")
+
+
+def find_tower(model: nn.Module, kind: Kind, config: M2PTConfig) -> tuple[str, nn.Module]:
+    """
+    Finds the vision encoder ("visual") or the language model ("textual").
+
+    Models that hear instead of see have an audio encoder in the place of the vision encoder.
+
+    Returns:
+        `tuple[str, nn.Module]`: Its module path in the model and the module.
+
+    Raises:
+        UnsupportedModelError: If it is not found.
+    """
+    field = FIELDS[kind]
+    path = getattr(config, field)
+    if path is not None:
+        try:
+            return path, model.get_submodule(path)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"{field}={path!r}: {type(model).__name__} has no module of this path."
+            ) from None
+
+    tower = _look_up_tower(model, kind)
+    if tower is None:
+        raise UnsupportedModelError(
+            f"No {TOWERS[kind]} was found in {type(model).__name__}. Name its module path with {field}=..., or set "
+            f"num_{kind}_tokens=0 to do without {kind} prompts."
+        )
+    return next(path for path, module in model.named_modules() if module is tower), tower
+
+
+def has_tower(model: nn.Module, kind: Kind, config: M2PTConfig) -> bool:
+    """Whether a model has a vision encoder ("visual") or a language model ("textual")."""
+    return getattr(config, FIELDS[kind]) is not None or _look_up_tower(model, kind) is not None
+
+
+def _look_up_tower(model: nn.Module, kind: Kind) -> nn.Module | None:
+    if not isinstance(model, PreTrainedModel):
+        return None
+    return _look_up_encoder(model) if kind == "visual" else _look_up_decoder(model)
+
+
+def _look_up_encoder(model: PreTrainedModel) -> nn.Module | None:
+    for modality in ("image", "audio"):
+        encoder = _descend(model, lambda module: module.get_encoder(modality=modality))
+        if encoder is not model:
+            return encoder
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in VISION_ENCODERS:
+            return module
+    if model.main_input_name == "input_ids":
+        return None
+    # An encoder alone, or one in front of a decoder that writes text.
+    return model if _look_up_decoder(model) is None else model.get_encoder()
+
+
+def _look_up_decoder(model: PreTrainedModel) -> nn.Module | None:
+    decoder = _descend(model, lambda module: module.get_decoder())
+    reads_text = getattr(decoder, "main_input_name", "input_ids") == "input_ids"
+    return decoder if reads_text else None
+
+
+def _descend(model: PreTrainedModel, step: Callable[[PreTrainedModel], nn.Module | None]) -> nn.Module:
+    """
+    Asks transformers for a tower, the tower for one inside it, and so on. A module that has none answers with itself.
+
+    A language model with an encoder of its own is not left for its decoder: both read text.
+    """
+    module = model
+    while isinstance(module, PreTrainedModel):
+        inner = step(module)
+        if inner is None or inner is module:
+            break
+        module = inner
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            break
+    return module

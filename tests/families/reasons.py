@@ -1,0 +1,35 @@
+"""Why a family does without something: parts of messages of the package, and what only the documentation says."""
+
+# Of `refused`: what the error says.
+GOES_ROUND = "goes round the attention interface"
+NO_ENCODER_FOUND = "No vision encoder was found"
+NO_DECODER_FOUND = "No language model was found"
+UNKNOWN_ARGUMENTS = "of which it is not known what they mean for prompts"
+NOT_BEHIND_NORM = "neither the layer's input nor the output of a norm"
+NO_SELF_ATTENTION = "no layer with self-attention"
+
+# Of `connector`.
+POOLS = "its connector pools all features into a fixed number of tokens"
+BY_SIZE = "its connector merges patches by the size of the image"
+BETWEEN_BY_SIZE = "what stands between the towers merges patches by the size of the image"
+QFORMER = "a Q-Former stands between the towers"
+RESAMPLER = "its connector is a resampler: queries of its own read the features"
+RESAMPLER_BETWEEN = "a resampler stands between the towers"
+APART = "the towers do not feed each other"
+CROSS_ATTENTION = "the decoder reads the encoder's output by cross-attention"
+NO_LANGUAGE_MODEL = "no language model"
+NO_VISUAL = "no visual prompts"
+NO_TEXTUAL = "no textual prompts"
+
+# Of `without`: what is true of the model without M2PT, or with any adapter.
+NO_SDPA = "transformers has no sdpa for it"
+SHARED_KEYS = "keys shared between layers lose their gradients under reentrant checkpointing, with any adapter"
+BY_KEYWORD = (
+    "its vision layers get their input by keyword, which reentrant checkpointing does not follow, with any adapter"
+)
+IN_PLACE = "transformers adds to its embeddings in place, which its own checkpointing hook forbids"
+FAILS = "transformers fails under checkpointing, with any adapter"
+NO_CHECKPOINTING = "transformers has no checkpointing for it"
+UNTUNED_CACHE = "generation with and without a cache differ in the untuned model too"
+UNTUNED_PADDING = "padding changes the untuned model too"
+OTHER_KEYS = "its layers read keys that are not of their input"
