@@ -154,7 +154,8 @@ def test_input_that_is_not_clear():
     refused(
         model,
         M2PTConfig(),
-        "What the attention 'model.vision_tower.encoder.layers.0.self_attn' reads is not clear from the code of Doubling",
+        "What the attention 'model.vision_tower.encoder.layers.0.self_attn' reads is not clear",
+        "the code of Doubling",
         "num_visual_tokens=0",
     )
 
