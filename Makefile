@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-lowest style lint clean
+.PHONY: quickstart test test-versions test-lowest test-newest models style lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -11,9 +11,18 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(ARGS)
 
-# The lowest supported versions. Downloads a few gigabytes.
+# Runs all checks on the models of tests/families and writes docs/models.md.
+models: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m families
+
+# The lowest supported versions and the newest that there are. Downloads a few gigabytes.
+test-versions: test-lowest test-newest
+
 test-lowest: $(VENV)-lowest/installed
 	$(VENV)-lowest/bin/python -m pytest $(ARGS)
+
+test-newest: $(VENV)-newest/installed
+	$(VENV)-newest/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -29,11 +38,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
 	touch $@
 
-$(VENV)-lowest/installed: pyproject.toml constraints-lowest.txt
-	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --group dev --editable .
+$(VENV)-lowest/installed $(VENV)-newest/installed: $(VENV)-%/installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade --constraint constraints-$*.txt --group dev --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest quickstart-output dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest quickstart-output dist .pytest_cache .ruff_cache

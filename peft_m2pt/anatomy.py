@@ -132,12 +132,16 @@ def find_sites(model: nn.Module, config: M2PTConfig) -> list[Site]:
         UnsupportedModelError: If a tower is not found or has attention that cannot be adapted.
         ValueError: If the config asks for layers that do not exist, or that have no influence on the output.
     """
-    sites = []
+    kinds: list[Kind] = []
     if config.num_visual_tokens > 0:
-        sites += _tower_sites(model, "visual", config)
+        kinds.append("visual")
     if config.num_textual_tokens > 0 or (config.num_interaction_tokens and config.interaction_placement == "layers"):
-        sites += _tower_sites(model, "textual", config)
-    return sites
+        kinds.append("textual")
+    found = []
+    for kind in kinds:
+        sites, live = find_layers(model, kind, config)
+        found += [sites[layer] for layer in _choose_layers(config, kind, live, all_layers=list(sites))]
+    return found
 
 
 def tower_width(model: nn.Module, kind: Kind, config: M2PTConfig) -> int:
@@ -158,7 +162,24 @@ def tower_width(model: nn.Module, kind: Kind, config: M2PTConfig) -> int:
     return width
 
 
-def _tower_sites(model: nn.Module, kind: Kind, config: M2PTConfig) -> list[Site]:
+def find_layers(model: nn.Module, kind: Kind, config: M2PTConfig) -> tuple[dict[int, Site], list[int]]:
+    """
+    Finds the layers of a tower that have self-attention, and those of them whose output the model reads.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        kind (`str`):
+            "visual" for the vision encoder, "textual" for the language model.
+        config ([`M2PTConfig`]):
+            May name the tower.
+
+    Returns:
+        `tuple[dict[int, Site], list[int]]`: The site of each layer by its index, and the indices of the live layers.
+
+    Raises:
+        UnsupportedModelError: If the tower is not found or has attention that cannot be adapted.
+    """
     tower_path, tower = find_tower(model, kind, config)
     way_out = (
         f"Set num_{kind}_tokens=0 to do without {kind} prompts, or name another module path with {FIELDS[kind]}=...."
@@ -189,7 +210,7 @@ def _tower_sites(model: nn.Module, kind: Kind, config: M2PTConfig) -> list[Site]
     if kind == "visual":
         end = _first_dead_layer(model, num_layers=max(live) + 1)
         live = [layer for layer in live if layer < end]
-    return [sites[layer] for layer in _choose_layers(config, kind, live, all_layers=list(sites))]
+    return sites, live
 
 
 def _layers(tower: nn.Module, tower_path: str) -> Iterator[tuple[int, str, nn.Module]]:
@@ -272,6 +293,11 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
             f"The attention '{path}' ({type(attention).__name__}) mixes neighbouring tokens with a convolution before "
             f"it computes keys and values, so those of the tokens would depend on the prompts. {way_out}"
         )
+    if kind == "textual" and any(_is_table(module) for module in attention.children()):
+        raise UnsupportedModelError(
+            f"The attention '{path}' ({type(attention).__name__}) looks up rotations in a table that starts at "
+            f"position 0, but prompts stand in front of it. {way_out}"
+        )
     block, norms = input_
     rotary = find_rotary(model, path, attention, layer) if kind == "textual" else None
     if kind == "textual" and rotary is None and "position_embeddings" in argument_names(attention):
@@ -280,6 +306,11 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
             f"them. {way_out}"
         )
     return Site(kind, path, layer, attention, block, norms, _width(attention), rotary)
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Whether a module gives the rotations of positions 0, 1, ... up to a length."""
+    return "seq_len" in inspect.signature(type(module).forward).parameters
 
 
 def _find_input(model: nn.Module, path: str, way_out: str) -> tuple[nn.Module, tuple[str, ...]] | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .convert import convert_checkpoint
-from .errors import ConversionError
+from .inspection import inspect_model
 
 
 INTERRUPTED = 130
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _make_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ConversionError, OSError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -69,6 +69,17 @@ def _make_parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="size of the largest file to write (default: 5GB)"
     )
     convert.set_defaults(run=_convert)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what M2PT finds in a model",
+        description="Says what M2PT finds in a model (towers, layers, attention, norms, positions, connector), and "
+        "what M2PTConfig() would train. No weights are loaded: a config is enough.",
+    )
+    inspect.add_argument(
+        "model", metavar="MODEL_OR_CONFIG", help="folder with a config.json, such a file, or a model id of the Hub"
+    )
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
@@ -85,3 +96,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         f"{arguments.output} is complete: {config.num_visual_tokens} visual and {config.num_textual_tokens} textual "
         f"prompts per layer, {config.num_interaction_tokens} interaction prompts."
     )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    print(inspect_model(arguments.model))

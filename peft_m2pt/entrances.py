@@ -126,8 +126,11 @@ def count_from_first_token(model: nn.Module, layer: M2PTLayer) -> list[Removable
     """
     parts = layer.site.path.split(".")[:-1]
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    rotates = layer.site.rotary is not None or "position_ids" in argument_names(layer.base_layer)
-    if not rotates or _selects_by_position(model) or any(hasattr(module, "get_rope_index") for module in around):
+    rotary = layer.site.rotary
+    rotates = rotary is not None or "position_ids" in argument_names(layer.base_layer)
+    has_axes = rotary is not None and rotary.num_axes > 1
+    computes_positions = has_axes and any(hasattr(module, "get_rope_index") for module in around)
+    if not rotates or computes_positions or _selects_by_position(model):
         return []
     for module in around:
         names = list(inspect.signature(type(module).forward).parameters)[1:]

@@ -16,6 +16,7 @@ from .base import NOT_MERGEABLE, M2PTLayer
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .entrances import count_from_first_token, let_gradients_in
+from .errors import UnsupportedModelError
 from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
@@ -73,10 +74,12 @@ class M2PTModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._prepare_entrances(model, adapter_name)
-        except Exception:
+        except Exception as error:
             self._take_back(model, adapter_name)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
+            if isinstance(error, NotImplementedError):
+                raise UnsupportedModelError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
             raise
 
     def _prepare_entrances(self, model: nn.Module, adapter_name: str) -> None:

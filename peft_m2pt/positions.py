@@ -60,12 +60,18 @@ class Rotary:
             The rotary embedding of the language model.
         layer_type (`str`, *optional*):
             What it is asked for, where it has other frequencies for each type of layer.
+        num_axes (`int`, defaults to 1):
+            How many axes positions have: several in models that place image patches by time, height and width. A
+            prompt stands at the same position on each.
     """
 
     module: nn.Module
     layer_type: str | None = None
+    num_axes: int = 1
 
     def __call__(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        if self.num_axes > 1:
+            position_ids = position_ids.expand(self.num_axes, *position_ids.shape)
         # The function below the decorators: these adapt the frequencies of some rotaries to the longest position they
         # see. The frequencies in use are those of the tokens, and so must be those of the prompts.
         forward = inspect.unwrap(type(self.module).forward)
@@ -128,10 +134,12 @@ def _choose_rotary(rotaries: dict[str, nn.Module], holder: nn.Module, layer: int
 
 
 def _rotary(module: nn.Module, attention: nn.Module, layer: int) -> Rotary:
-    if "layer_type" not in inspect.signature(type(module).forward).parameters:
-        return Rotary(module)
-    layer_type = getattr(attention, "layer_type", None) or attention.config.layer_types[layer]
-    return Rotary(module, layer_type)
+    layer_type = None
+    if "layer_type" in inspect.signature(type(module).forward).parameters:
+        layer_type = getattr(attention, "layer_type", None) or attention.config.layer_types[layer]
+    parameters = getattr(attention.config, "rope_parameters", None) or {}
+    parameters = parameters.get(layer_type) or parameters
+    return Rotary(module, layer_type, len(parameters.get("mrope_section", [1])))
 
 
 def prompt_arguments(

@@ -58,7 +58,7 @@ def describe(model: nn.Module, active_adapters: Sequence[str]) -> str:
         tokens = sorted({num_tokens for _, num_tokens in layers.get(row, [])})
         star = "*" if adapter in active_adapters else ""
         tokens = ", ".join(map(str, tokens))
-        table.append((adapter + star, part, module_path, _ranges(indices), tokens, *_amounts(group, total)))
+        table.append((adapter + star, part, module_path, ranges(indices), tokens, *_amounts(group, total)))
     everything = [parameter for group in parameters.values() for parameter in group]
     table.append(("", "total", "", "", "", *_amounts(everything, total)))
     return _format(table)
@@ -71,7 +71,7 @@ def _any_layer(path: str) -> str:
     return ".".join("*" if i == first else part for i, part in enumerate(parts))
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Writes `[0, 1, 2, 5]` as `0-2, 5`."""
     ranges: list[list[int]] = []
     for number in numbers:

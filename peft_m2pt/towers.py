@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Literal
 
@@ -65,7 +66,7 @@ def _look_up_tower(model: nn.Module, kind: Kind) -> nn.Module | None:
 
 def _look_up_encoder(model: PreTrainedModel) -> nn.Module | None:
     for modality in ("image", "audio"):
-        encoder = _descend(model, lambda module: module.get_encoder(modality=modality))
+        encoder = _descend(model, lambda module: _get_encoder(module, modality))
         if encoder is not model:
             return encoder
     for path, module in model.named_modules():
@@ -75,6 +76,12 @@ def _look_up_encoder(model: PreTrainedModel) -> nn.Module | None:
         return None
     # An encoder alone, or one in front of a decoder that writes text.
     return model if _look_up_decoder(model) is None else model.get_encoder()
+
+
+def _get_encoder(model: PreTrainedModel, modality: str) -> nn.Module | None:
+    # Some models know of one encoder only, whatever it reads.
+    knows_modalities = "modality" in inspect.signature(model.get_encoder).parameters
+    return model.get_encoder(modality=modality) if knows_modalities else None
 
 
 def _look_up_decoder(model: PreTrainedModel) -> nn.Module | None:

@@ -1,12 +1,17 @@
 """Every family of models in tests/families: M2PT works on it, or refuses it with a reason."""
 
 import functools
+import warnings
+from dataclasses import replace
 
 import pytest
+import torch
 from families import FAMILIES, checks
+from families.document import PAGE, render
 from families.spec import CHECKS, make_model
+from peft import get_peft_model
 
-from peft_m2pt import M2PTConfig, UnsupportedModelError
+from peft_m2pt import M2PTAttention, M2PTConfig, UnsupportedModelError
 from peft_m2pt.anatomy import find_sites
 from peft_m2pt.interaction import find_connector
 
@@ -55,3 +60,67 @@ def test_what_is_refused(family):
         rows_per_token = None if connector is None else connector.rows_per_token
         assert rows_per_token == (family.connector if isinstance(family.connector, int) else None)
     assert names == [name for name, _ in model.named_modules()]
+
+
+@pytest.mark.parametrize("family", KNOWN, ids=lambda family: family.name)
+def test_default_config(family):
+    """The config that asks for nothing in particular works, or says what to leave out."""
+    model = make_model(family, "eager" if "attention" in family.without else "sdpa")
+    state = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings():
+        # Of what the connector does not allow.
+        warnings.simplefilter("ignore", UserWarning)
+        if not family.refused:
+            assert get_peft_model(model, M2PTConfig()).get_nb_trainable_parameters()[0] > 0
+            return
+        with pytest.raises(UnsupportedModelError):
+            get_peft_model(model, M2PTConfig())
+    assert state == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+SELECTIVE = {
+    "dots3_note": lambda config: setattr(config.text_config, "index_topk", 4),
+    "glm5_next": lambda config: setattr(config.text_config, "index_topk", 4),
+    "minimax_m3_vl": lambda config: setattr(config.text_config, "index_topk_blocks", 2),
+    "mistral_large4": lambda config: setattr(config.text_config, "index_topk", 4),
+}
+
+
+@pytest.mark.parametrize("family", [family for family in KNOWN if family.name in SELECTIVE], ids=lambda f: f.name)
+def test_selection_does_not_hide_prompts(family):
+    """Layers that select a few keys for each token see the prompts besides."""
+
+    def config():
+        config = family.config()
+        SELECTIVE[family.name](config)
+        return config
+
+    tuned = checks.Tuned(replace(family, config=config))
+    attended = []
+
+    def compare(module, args, kwargs, output):
+        if module.site.kind == "textual":
+            without = module.base_layer(*args, **{**kwargs, "past_key_values": None})
+            attended.append(((output[0] - without[0]).abs().amax(-1) > 1e-4).all())
+
+    for module in tuned.model.modules():
+        if isinstance(module, M2PTAttention):
+            module.register_forward_hook(compare, with_kwargs=True)
+    sample = checks.take_sample(tuned.family, tuned.inputs, 0)
+    with torch.no_grad():
+        tuned.model(**tuned.packed(sample), use_cache=False)
+    assert len(attended) > 1 and all(attended)
+
+
+def test_models_with_many_layers_get_prompts_in_each():
+    # PEFT shortens long lists of module paths.
+    family = next(family for family in FAMILIES if family.name == "llava")
+    config = family.config()
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 24
+    model = get_peft_model(make_model(replace(family, config=lambda: config), "sdpa"), M2PTConfig())
+    layers = [module for module in model.modules() if isinstance(module, M2PTAttention)]
+    assert len(layers) == 23 + 24
+
+
+def test_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == render(FAMILIES), "docs/models.md is out of date: run `make models`"

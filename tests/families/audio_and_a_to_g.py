@@ -742,6 +742,7 @@ FAMILIES = [
         has_connector=False,
         refused={"visual": reasons.NO_ENCODER_FOUND},
         without={"checkpointing": reasons.FAILS},
+        since="5.23",
     ),
     Family(
         "exaone4_5",
@@ -764,6 +765,7 @@ FAMILIES = [
         connector=reasons.NO_VISUAL,
         has_connector=False,
         refused={"visual": reasons.NO_ENCODER_FOUND},
+        since="5.23",
     ),
     # no vision tower, patches enter by an embedder; the last two text layers have no keys and values of their own
     Family(
@@ -795,6 +797,7 @@ FAMILIES = [
             "checkpointing": reasons.IN_PLACE,
             "padding": reasons.UNTUNED_PADDING,
         },
+        since="5.23",
     ),
     Family(
         "glm46v",
@@ -847,6 +850,7 @@ FAMILIES = [
         media=lambda n: {"pixel_values": seeded(n, 2, 3, 32, 32), "image_sizes": torch.tensor([[32, 32]] * n)},
         connector=reasons.QFORMER,
         has_connector=False,
+        since="5.23",
     ),
     # two tiles of 2x2 tokens; without the connector's second, finer route, which has no gradient unless it is taken
     Family(

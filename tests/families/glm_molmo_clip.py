@@ -529,6 +529,7 @@ FAMILIES = [
             "generation": reasons.UNTUNED_CACHE,
             "padding": reasons.UNTUNED_PADDING,
         },
+        since="5.23",
     ),
     # No gradient in vqmodel and generation_*: they only make images.
     Family("janus", "JanusForConditionalGeneration", janus, pixels, num_media_tokens=4, **AROUND),
@@ -613,6 +614,7 @@ FAMILIES = [
         labels=None,
         connector=reasons.CROSS_ATTENTION,
         has_connector=False,
+        since="5.23",
     ),
     # No sdpa: TrOCR's attention is written out.
     Family(
@@ -626,6 +628,7 @@ FAMILIES = [
         has_connector=False,
         refused={"textual": reasons.NO_SELF_ATTENTION},
         without={"attention": reasons.NO_SDPA},
+        since="5.23",
     ),
     # A padded text differs in the three dual encoders: their learned positions count the padding too.
     Family(

@@ -677,6 +677,7 @@ FAMILIES = [
         extra=qformer_text,
         connector=reasons.QFORMER,
         has_connector=False,
+        since="5.23",
     ),
     Family(
         "kimi_k25",
@@ -860,6 +861,7 @@ FAMILIES = [
         has_connector=False,
         refused={"textual": reasons.UNKNOWN_ARGUMENTS},
         without={"checkpointing": reasons.NO_CHECKPOINTING},
+        since="5.23",
     ),
     # the decoder's text is in media; the encoder has an attention of its own (relative positions, always eager)
     Family(
@@ -873,5 +875,6 @@ FAMILIES = [
         connector=reasons.NO_TEXTUAL,
         has_connector=False,
         refused={"visual": reasons.GOES_ROUND, "textual": reasons.NO_DECODER_FOUND},
+        since="5.23",
     ),
 ]

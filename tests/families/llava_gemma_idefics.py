@@ -456,7 +456,14 @@ FAMILIES = [
         media=lambda n: {"pixel_values_videos": seeded(n, 2, 3, 16, 16)},
     ),
     # The same vision parameters as in llava get no gradient.
-    Family("vipllava", "VipLlavaForConditionalGeneration", vipllava, media=pixels, num_media_tokens=4),
+    Family(
+        "vipllava",
+        "VipLlavaForConditionalGeneration",
+        vipllava,
+        media=pixels,
+        num_media_tokens=4,
+        since="5.23",
+    ),
     # Two vision towers: one image (4 tokens) and behind it one video of two frames (5 tokens each, CLS is kept).
     # No gradient: as in llava, in both towers.
     Family(
@@ -466,6 +473,7 @@ FAMILIES = [
         num_media_tokens=4,
         after=(SECOND_MEDIA_TOKEN,) * 10,
         media=lambda n: {**pixels(n), "pixel_values_videos": seeded(n, 2, 3, 16, 16, seed=4)},
+        since="5.23",
     ),
     Family(
         "paligemma",
@@ -551,6 +559,7 @@ FAMILIES = [
         extra=idefics_image_mask,
         connector=reasons.RESAMPLER_BETWEEN,
         has_connector=False,
+        since="5.23",
     ),
     Family(
         "idefics2",

@@ -586,6 +586,7 @@ FAMILIES = [
         media=image_and_audio,
         before=(84, AUDIO, AUDIO, AUDIO, AUDIO, 85, START),
         extra=lambda inputs: {},
+        since="5.23",
     ),
     qwen_family("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe),
     # the indexer of full attention chooses tokens by top-k: its parameters never get gradients; no flash attention
@@ -632,6 +633,7 @@ FAMILIES = [
         connector=reasons.NO_TEXTUAL,
         has_connector=False,
         refused={"visual": reasons.NO_ENCODER_FOUND, "textual": reasons.GOES_ROUND},
+        since="5.23",
     ),
     # SAM attention: relative position bias, no ALL_ATTENTION_FUNCTIONS, an own class for sdpa chosen when the model is
     # made
@@ -679,6 +681,7 @@ FAMILIES = [
         has_connector=False,
         refused={"visual": reasons.NO_ENCODER_FOUND},
         without={"checkpointing": reasons.NO_CHECKPOINTING},
+        since="5.23",
     ),
     Family(
         "glmasr",
@@ -781,6 +784,7 @@ FAMILIES = [
         connector=reasons.NO_LANGUAGE_MODEL,
         has_connector=False,
         refused={"visual": reasons.GOES_ROUND, "textual": reasons.NO_DECODER_FOUND},
+        since="5.23",
     ),
     # no sdpa: the attention is written out; patches are put in a random order in every forward (a permutation only)
     Family(

@@ -405,6 +405,7 @@ FAMILIES = [
         before=(AUDIO_START, *[AUDIO_TOKEN] * 4, AUDIO_END, IMAGE_START),
         after=(IMAGE_END,),
         connector=4,
+        since="5.23",
     ),
     Family("internvl", "InternVLForConditionalGeneration", internvl, square_images, 4, **WRAPPED),
     # the row-break tokens its processor puts between rows of placeholders are left out (placeholders in one run)
@@ -436,6 +437,7 @@ FAMILIES = [
         4,
         connector=reasons.QFORMER,
         has_connector=False,
+        since="5.23",
     ),
     # no gradient in the MLP for text in the Q-Former's last layer: its outputs at the text are thrown away
     Family(
@@ -446,6 +448,7 @@ FAMILIES = [
         4,
         connector=reasons.QFORMER,
         has_connector=False,
+        since="5.23",
     ),
     # no gradient in vision_tower.post_layernorm: the features are hidden_states[-1], taken before it
     Family(

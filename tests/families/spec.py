@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 
 
 VOCAB_SIZE = 99
@@ -71,6 +72,8 @@ class Family:
             For "visual" and "textual" prompts that cannot be had: a part of the message.
         without (`dict[str, str]`):
             For checks which say nothing of this family: the reason.
+        since (`str`):
+            The version of transformers from which on all of this is so. Before, the model was another.
     """
 
     name: str
@@ -90,11 +93,13 @@ class Family:
     has_connector: bool = True
     refused: dict[str, str] = field(default_factory=dict)
     without: dict[str, str] = field(default_factory=dict)
+    since: str = "0"
 
     @property
     def is_known(self) -> bool:
-        """Whether the installed transformers has this family."""
-        return hasattr(transformers, self.model_class)
+        """Whether the installed transformers has this family, as it is described here."""
+        is_new_enough = Version(transformers.__version__) >= Version(self.since)
+        return is_new_enough and hasattr(transformers, self.model_class)
 
 
 def seeded(*shape: int, seed: int = 3) -> torch.Tensor:

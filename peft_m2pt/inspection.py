@@ -1,0 +1,129 @@
+"""What M2PT finds in a model, without its weights: the command `peft-m2pt inspect`."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import transformers
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from .anatomy import Site, find_layers
+from .config import M2PTConfig
+from .errors import UnsupportedModelError
+from .interaction import find_connector
+from .positions import argument_names
+from .report import ranges
+from .towers import TOWERS, Kind, find_tower
+
+
+KINDS: tuple[Kind, ...] = ("visual", "textual")
+LABEL_WIDTH = 16
+
+
+def inspect_model(source: str | PreTrainedModel) -> str:
+    """
+    Says what M2PT finds in a model, and what `M2PTConfig()` would train.
+
+    Args:
+        source (`str` or `PreTrainedModel`):
+            A folder with a `config.json`, such a file itself, a model id of the Hub, or a model, which gets prompts.
+            Without a model, one is made on the meta device, so that no weights are loaded.
+
+    Returns:
+        `str`: A text of several lines.
+
+    Raises:
+        ValueError: If the config is not that of a model in the installed transformers.
+        OSError: If there is no config.
+    """
+    model = source if isinstance(source, PreTrainedModel) else _make_model(source)
+    lines = [f"{type(model).__name__} ({model.config.model_type})", ""]
+    refused: list[Kind] = []
+    for kind in KINDS:
+        try:
+            lines += _describe_tower(model, kind)
+        except UnsupportedModelError as error:
+            refused.append(kind)
+            lines.append(_line(TOWERS[kind], f"no {kind} prompts: {error}"))
+    lines += [_line("connector", _describe_connector(model)), ""]
+    if len(refused) == len(KINDS):
+        return "\n".join([*lines, "M2PT cannot adapt this model."])
+    return "\n".join([*lines, *_describe_default(model, refused)])
+
+
+def _make_model(source: str) -> PreTrainedModel:
+    path = Path(source)
+    config = AutoConfig.from_pretrained(path.parent if path.is_file() else source)
+    with torch.device("meta"):
+        return _model_class(config)._from_config(config)
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config names, or that the auto classes choose for it."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto_class in (transformers.AutoModelForMultimodalLM, transformers.AutoModelForImageTextToText, AutoModel):
+        if type(config) in auto_class._model_mapping:
+            return auto_class._model_mapping[type(config)]
+    raise ValueError(f"transformers {transformers.__version__} has no model for {type(config).__name__}.")
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<{LABEL_WIDTH}}{text}"
+
+
+def _describe_tower(model: PreTrainedModel, kind: Kind) -> list[str]:
+    path, tower = find_tower(model, kind, M2PTConfig())
+    sites, live = find_layers(model, kind, M2PTConfig())
+    lines = [_line(TOWERS[kind], f"{path or 'the model itself'} ({type(tower).__name__})")]
+    dead = [layer for layer in sites if layer not in live]
+    note = f"; {ranges(dead)} without influence on the output" if dead else ""
+    lines.append(_line("  layers", f"{ranges(live)} with self-attention{note}"))
+    described = {layer: _describe_site(sites[layer]) for layer in live}
+    for i, label in enumerate(("  attention", "  norm", "  positions", "  width")):
+        layers_of: dict[str, list[int]] = defaultdict(list)
+        for layer, texts in described.items():
+            layers_of[texts[i]].append(layer)
+        for text, layers in layers_of.items():
+            lines.append(_line(label, text if len(layers_of) == 1 else f"{text} (layers {ranges(layers)})"))
+    return lines
+
+
+def _describe_site(site: Site) -> tuple[str, ...]:
+    norms = " -> ".join(f"{name} ({type(getattr(site.block, name)).__name__})" for name in site.norms)
+    if site.kind == "visual":
+        positions = "none, prompts are not rotated"
+    elif site.rotary is None:
+        has_positions = "position_ids" in argument_names(site.attention)
+        positions = "-n ... -1, by the attention itself" if has_positions else "none in the attention"
+    else:
+        of_type = "" if site.rotary.layer_type is None else f" for {site.rotary.layer_type!r}"
+        positions = f"-n ... -1, by {type(site.rotary.module).__name__}{of_type}"
+    return type(site.attention).__name__, norms or "none in front of the attention", positions, str(site.width)
+
+
+def _describe_connector(model: PreTrainedModel) -> str:
+    try:
+        connector = find_connector(model, M2PTConfig())
+    except UnsupportedModelError as error:
+        return f"none: {error}"
+    kind = {
+        None: "no interaction prompts, since no fixed number of rows of features makes one token",
+        1: "one token of each row of features",
+    }.get(connector.rows_per_token, f"one token of {connector.rows_per_token} rows of features")
+    return f"{connector.path} ({type(connector.module).__name__}): {kind}"
+
+
+def _describe_default(model: PreTrainedModel, refused: list[Kind]) -> list[str]:
+    config = M2PTConfig(**{f"num_{kind}_tokens": 0 for kind in refused})
+    arguments = ", ".join(f"num_{kind}_tokens=0" for kind in refused)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = get_peft_model(model, config, low_cpu_mem_usage=True).base_model.describe()
+    notes = [str(warning.message) for warning in caught if warning.filename.startswith(str(Path(__file__).parent))]
+    return [f"M2PTConfig({arguments}) would train:", "", table, *notes]

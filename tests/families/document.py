@@ -1,0 +1,66 @@
+"""
+Writes docs/models.md: what M2PT can do with each family of models.
+
+`make models` runs all checks and writes the page; a test compares the page with what the families say of themselves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .spec import CHECKS, Family
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+HEAD = """# Models
+
+Which families of models M2PT works on, and why it does not where it does not. This page is written by `make models`,
+which runs the checks below on a tiny model of each family, and a test fails when it is out of date.
+
+A family that is not listed here works as well if its attention calls the attention interface of transformers, which
+almost all do: nothing is known of single families but the names of some connectors. `peft-m2pt inspect MODEL` says
+what is found in a model, from its config alone. What cannot be adapted is refused with an `UnsupportedModelError`
+before the model is touched; it names the field of `M2PTConfig` that leaves the part out.
+
+- **visual**, **textual**: prompts in the vision encoder (in models that hear: in the audio encoder) and in the
+  language model.
+- **interaction**: how many rows of image features become one token in the connector, through which interaction prompts
+  go.
+"""
+
+REFUSALS = {
+    "visual": "set `num_visual_tokens=0`",
+    "textual": "set `num_textual_tokens=0`",
+}
+
+
+def render(families: list[Family]) -> str:
+    """The page."""
+    notes: dict[str, int] = {}
+
+    def note(reason: str) -> str:
+        return f"– [{notes.setdefault(reason, len(notes) + 1)}](#notes)"
+
+    columns = ["family", "visual", "textual", "interaction", *CHECKS]
+    rows = [columns, ["---"] * len(columns)]
+    for family in sorted(families, key=lambda family: family.name):
+        row = [f"`{family.name}`"]
+        for kind in ("visual", "textual"):
+            reason = family.refused.get(kind)
+            row.append("yes" if reason is None else note(f"refused ({reason}): {REFUSALS[kind]}"))
+        row.append(f"{family.connector} : 1" if isinstance(family.connector, int) else note(family.connector))
+        for check in CHECKS:
+            if len(family.refused) == len(REFUSALS):
+                row.append("")
+            elif check in family.without:
+                row.append(note(family.without[check]))
+            elif check == "generation" and not family.generates:
+                row.append(note("generates no text, or not with `generate` alone"))
+            else:
+                row.append("yes")
+        rows.append(row)
+    lines = [HEAD + "".join(f"- **{name}**: {text}.\n" for name, text in CHECKS.items())]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", "## Notes", "", *(f"{number}. {reason}." for reason, number in notes.items()), ""]
+    return "\n".join(lines)
