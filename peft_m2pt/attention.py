@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -97,14 +97,37 @@ class Rows:
     Key and value of the prompt rows of one attention module.
 
     Args:
-        key (`torch.Tensor` of shape `(1, num_key_value_heads, num_rows, head_dim)`):
+        key (`torch.Tensor` of shape `(1 or batch_size, num_key_value_heads, num_rows, head_dim)`):
             Keys, normed and rotated as the module does it.
-        value (`torch.Tensor` of shape `(1, num_key_value_heads, num_rows, value_head_dim)`):
+        value (`torch.Tensor` of shape `(1 or batch_size, num_key_value_heads, num_rows, value_head_dim)`):
             Values.
+        visible (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
+            Which rows each sample sees. `None` if it sees all.
     """
 
     key: torch.Tensor
     value: torch.Tensor
+    visible: torch.Tensor | None = None
+
+    @staticmethod
+    def of_batch(rows: Sequence[Rows | None]) -> Rows | None:
+        """Puts the rows of each sample side by side, as a batch. `None` stands for no rows."""
+        some = next((row for row in rows if row is not None), None)
+        if some is None:
+            return None
+        counts = [0 if row is None else row.key.shape[2] for row in rows]
+        positions = torch.arange(max(counts), device=some.key.device)
+        visible = positions < torch.tensor(counts, device=some.key.device)[:, None]
+        key, value = (
+            torch.cat([_padded(None if row is None else getattr(row, name), part, max(counts)) for row in rows])
+            for name, part in (("key", some.key), ("value", some.value))
+        )
+        return Rows(key, value, None if min(counts) == max(counts) else visible)
+
+
+def _padded(rows: torch.Tensor | None, like: torch.Tensor, num_rows: int) -> torch.Tensor:
+    rows = like[:, :, :0] if rows is None else rows
+    return nn.functional.pad(rows, (0, 0, 0, num_rows - rows.shape[2]))
 
 
 class _Recorder:
@@ -121,37 +144,56 @@ class _Recorder:
 
 
 class _Attender:
-    """Puts recorded rows in front of the key and value that a module hands to its attention function."""
+    """
+    Puts recorded rows in front of the key and value that a module hands to its attention function.
 
-    def __init__(self, module: nn.Module, rows: Rows) -> None:
+    A module that calls it once for each image can be given the rows of each call.
+    """
+
+    def __init__(self, module: nn.Module, rows: Rows | Sequence[Rows | None]) -> None:
         self.module = module
         self.rows = rows
-        self.used = False
+        self.num_calls = 0
 
     def __call__(self, attend: Callable, implementation: str, query, key, value, attention_mask, **kwargs):
-        self.used = True
-        num_rows = self.rows.key.shape[2]
+        rows = self.rows if isinstance(self.rows, Rows) else self.rows[self.num_calls]
+        self.num_calls += 1
+        if rows is None:
+            return attend(self.module, query, key, value, attention_mask, **kwargs)
+        num_rows = rows.key.shape[2]
+        is_causal = query.shape[2] > 1 and attention_mask is None and _is_causal(self.module, kwargs)
         num_dummies = 0
-        if attention_mask is not None:
-            attention_mask = widen_mask(attention_mask, num_rows, key.shape[2])
-        elif implementation == "sdpa" and query.shape[2] > 1 and _is_causal(self.module, kwargs):
-            # Causal without a mask: torch lines up the first query with the first key. As many dummy queries as rows
-            # make that right again, and keep the fast kernels, which take no mask. Keys behind the last query are
-            # those of an empty static cache; transformers cuts them off the same way.
-            num_dummies = num_rows
+        if is_causal and implementation == "sdpa":
+            # Keys behind the last query are those of an empty static cache; transformers cuts them off the same way.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            dummies = query.new_zeros(query.shape[0], query.shape[1], num_dummies, query.shape[3])
-            query = torch.cat([dummies, query], dim=2)
-        key = _put_in_front(self.rows.key, key)
-        value = _put_in_front(self.rows.value, value)
+            if rows.visible is None:
+                # Causal without a mask: torch lines up the first query with the first key. As many dummy queries as
+                # rows make that right again, and keep the fast kernels, which take no mask.
+                num_dummies = num_rows
+                dummies = query.new_zeros(query.shape[0], query.shape[1], num_dummies, query.shape[3])
+                query = torch.cat([dummies, query], dim=2)
+        if attention_mask is None and rows.visible is not None:
+            attention_mask = _make_mask(query, key, is_causal and implementation == "sdpa")
+        if attention_mask is not None:
+            attention_mask = widen_mask(attention_mask, num_rows, key.shape[2], rows.visible)
+        key = _put_in_front(rows.key, key)
+        value = _put_in_front(rows.value, value)
         output, weights = attend(self.module, query, key, value, attention_mask, **kwargs)
         # Some modules arrange the weights by their tokens, which know nothing of prompts.
         return output[:, num_dummies:], None if weights is None else weights[..., num_rows:]
 
 
-def widen_mask(attention_mask: torch.Tensor, num_rows: int, key_length: int) -> torch.Tensor:
+def _make_mask(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    """What attention without a mask sees, as a mask of shape `(1, 1, query_length, key_length)`."""
+    mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+    return mask.masked_fill(mask.bool().logical_not().triu(1), torch.finfo(mask.dtype).min) if is_causal else mask
+
+
+def widen_mask(
+    attention_mask: torch.Tensor, num_rows: int, key_length: int, visible: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    Adds columns on the left of an attention mask, at which every query sees the prompt rows.
+    Adds columns on the left of an attention mask, at which queries see the prompt rows.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(..., query_length, key_length)`):
@@ -161,14 +203,21 @@ def widen_mask(attention_mask: torch.Tensor, num_rows: int, key_length: int) -> 
             Number of prompt rows.
         key_length (`int`):
             Number of keys behind the prompt rows.
+        visible (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
+            Which rows each sample sees. `None` if it sees all.
 
     Returns:
         `torch.Tensor` of shape `(..., query_length, num_rows + key_length)`.
     """
     if attention_mask.shape[-1] == 1:
         attention_mask = attention_mask.expand(*attention_mask.shape[:-1], key_length)
-    visible = attention_mask.new_full((*attention_mask.shape[:-1], num_rows), attention_mask.dtype == torch.bool)
-    return torch.cat([visible, attention_mask], dim=-1)
+    is_boolean = attention_mask.dtype == torch.bool
+    columns = attention_mask.new_full((*attention_mask.shape[:-1], num_rows), is_boolean)
+    if visible is not None:
+        hidden = False if is_boolean else torch.finfo(attention_mask.dtype).min
+        columns = torch.where(visible[:, None, None], columns, hidden)
+        attention_mask = attention_mask.expand(*columns.shape[:-1], -1)
+    return torch.cat([columns, attention_mask], dim=-1)
 
 
 def _put_in_front(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -300,7 +349,7 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
 
 
 @contextmanager
-def attending(module: nn.Module, path: str, rows: Rows) -> Iterator[None]:
+def attending(module: nn.Module, path: str, rows: Rows | Sequence[Rows | None]) -> Iterator[None]:
     """
     While this context is open, `module` attends to `rows` too.
 
@@ -309,15 +358,15 @@ def attending(module: nn.Module, path: str, rows: Rows) -> Iterator[None]:
             The attention module.
         path (`str`):
             Its module path, for error messages.
-        rows ([`Rows`]):
-            Key and value of its prompt rows.
+        rows ([`Rows`] or `Sequence[Rows | None]`):
+            Key and value of its prompt rows, or those of each call that it will make.
 
     Raises:
         UnsupportedModelError: At the end, if no attention function was called.
     """
     with _as_current(_Attender(module, rows)) as attender:
         yield
-    if not attender.used:
+    if attender.num_calls == 0:
         raise _goes_round(module, path)
 
 

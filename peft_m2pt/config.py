@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .source import AdapterSource, naming_the_file
+
 
 LAYERS = ("first", "odd", "top_half", "bottom_half")
 PLACEMENTS = ("layers", "image")
+MAX_TOKENS = 2**20
 INITS = ("xavier_uniform", "normal", "vocabulary")
 
 
@@ -138,6 +141,11 @@ class M2PTConfig(PeftConfig):
     # for every model, and is therefore not a field: it is neither a choice of the user nor saved.
     target_modules: ClassVar[set[str] | None] = None
 
+    # Where the config was read from, and whether PEFT is about to load the weights that lie beside it. Neither saved
+    # nor pickled, since there may be a token among it.
+    source: ClassVar[AdapterSource | None] = None
+    loads_weights: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("M2PT")
@@ -173,6 +181,15 @@ class M2PTConfig(PeftConfig):
             if path is not None and (not isinstance(path, str) or not path):
                 raise ValueError(f"{name}={path!r} is not a module path, such as 'model.vision_tower'.")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # The first thing that PEFT does with a config whose weights it will load.
+        if name == "inference_mode" and self.source is not None:
+            self.loads_weights = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("source", "loads_weights")}
+
     def _check_interaction(self) -> None:
         if self.num_interaction_tokens is not None:
             _check_count("num_interaction_tokens", self.num_interaction_tokens)
@@ -192,6 +209,41 @@ class M2PTConfig(PeftConfig):
                 raise ValueError(
                     f"connector_rank={self.connector_rank} says how to tune the connector, but tune_connector=False."
                 )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> M2PTConfig:
+        """
+        Reads the configuration of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                A folder, or a repository of the Hub.
+            subfolder (`str`, *optional*):
+                Where in it the adapter is.
+            kwargs (*optional*):
+                Arguments of [`huggingface_hub.hf_hub_download`], such as `revision` and `token`.
+
+        Returns:
+            [`M2PTConfig`]
+
+        Raises:
+            AdapterFileError: If there is no such file, or if it is none of an M2PT adapter. The message names file and
+                field.
+        """
+        hub_arguments, *_ = cls._split_kwargs(dict(kwargs))
+        with naming_the_file(pretrained_model_name_or_path, "adapter_config.json"):
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            if isinstance(config.exclude_modules, str):
+                raise ValueError(
+                    f"exclude_modules={config.exclude_modules!r} is a regular expression, and those of others can "
+                    f"keep a program busy for ever. Make it a list of module paths."
+                )
+        if subfolder is not None:
+            hub_arguments["subfolder"] = subfolder
+        config.source = AdapterSource(str(pretrained_model_name_or_path), hub_arguments)
+        return config
 
     @property
     def wanted_interaction_tokens(self) -> int:
@@ -246,6 +298,8 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not an integer.")
     if value < 0:
         raise ValueError(f"{name}={value} is negative. Use 0 to switch these prompts off.")
+    if value > MAX_TOKENS:
+        raise ValueError(f"{name}={value} is more than {MAX_TOKENS}, more than any sequence is long.")
 
 
 def _checked_layers(name: str, value: Any) -> list[int] | str | None:
@@ -267,5 +321,5 @@ def _checked_layers(name: str, value: Any) -> list[int] | str | None:
 def _check_names(name: str, value: Any, allow_string: bool = False) -> None:
     if value is None or (allow_string and isinstance(value, str)):
         return
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"{name}={value!r} is not a list of module names.")

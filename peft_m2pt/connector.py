@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from .anatomy import Connector
 from .base import M2PTLayer, M2PTPrompt
 from .graft import copied_parts, graft, low_rank_parts
+from .samples import sample_adapters
 
 
 # Number of image tokens in the input of the model that is being called, where it says so. Per thread.
@@ -82,19 +84,43 @@ class M2PTConnector(M2PTLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Brings image features to the language model, together with the prompts of the active adapters."""
-        adapters = [] if self.disable_adapters else self._adapters(self.active_adapters)
         arguments = dict(zip(self.site.argument_names, args), **kwargs)
+        samples = sample_adapters()
+        if samples is None or self.disable_adapters:
+            return self._forward([] if self.disable_adapters else self.active_adapters, arguments)
+        _num_image_tokens.set(None)
+        name, *others = arguments
+        features = arguments[name]
+        adapters = samples.of_images(len(features), self.site.path)
+        if len(set(adapters)) == 1:
+            return self._forward(adapters[:1], arguments)
+        prompts = self.m2pt_interaction
+        counts = {adapter: len(prompts[adapter]) if adapter in prompts else 0 for adapter in adapters}
+        if others or len(set(counts.values())) > 1:
+            reason = f"takes {others} for all images at once" if others else f"gives images other lengths: {counts}"
+            raise ValueError(
+                f"adapter_names={list(samples.names)}: the connector '{self.site.path}' {reason}. Run the samples of "
+                f"each adapter apart."
+            )
+        # Neighbours that use the same adapter go together.
+        parts = [
+            self._forward([adapter], {name: torch.stack([features[i] for i, _ in group])})
+            for adapter, group in groupby(enumerate(adapters), key=lambda pair: pair[1])
+        ]
+        return torch.cat(parts)
+
+    def _forward(self, active_adapters: Sequence[str], arguments: dict[str, Any]) -> Any:
         features = arguments[self.site.argument_names[0]]
-        prompts = self._active_prompts()
+        prompts = [self.m2pt_interaction[name] for name in active_adapters if name in self.m2pt_interaction]
         if (num_image_tokens := _num_image_tokens.get()) is not None:
             _num_image_tokens.set(None)
             self._check_image_tokens(num_image_tokens, len(features), features.shape[-2], sum(map(len, prompts)))
         if prompts:
             prompts = [prompt().to(features).expand(*features.shape[:-2], -1, -1) for prompt in prompts]
             arguments[self.site.argument_names[0]] = torch.cat([*prompts, features], dim=-2)
-        return self._call(adapters, arguments)
+        return self._call(self._adapters(active_adapters), arguments)
 
     def describe_weight(self, layer_name: str, name: str) -> str:
         if layer_name == "m2pt_interaction":
@@ -122,7 +148,7 @@ class M2PTConnector(M2PTLayer):
 
     def _note_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args)), **kwargs)
-        if arguments.get("input_ids") is None:
+        if arguments.get("input_ids") is None or sample_adapters() is not None:
             return
         num_image_tokens = (arguments["input_ids"] == model.config.image_token_id).sum()
         encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")

@@ -16,3 +16,11 @@ class ConversionError(ValueError):
 
     The message names the file or the tensor, what was expected and what was found.
     """
+
+
+class AdapterFileError(ValueError):
+    """
+    A file of a saved adapter is damaged, or is no such file.
+
+    The message names the file and what is wrong with it. The model is as it was.
+    """

@@ -15,6 +15,7 @@ from .attention import Rows, attending, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
 from .positions import argument_names, prompt_arguments
+from .samples import SampleAdapters, sample_adapters
 
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value")
@@ -86,26 +87,51 @@ class M2PTAttention(M2PTLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base layer, which attends to the prompts of the active adapters besides its own tokens."""
-        if not self.is_active:
+        adapters = self._wanted_adapters()
+        if not adapters:
             return self.base_layer(*args, **kwargs)
-        adapters = self._adapters(self.active_adapters)
         extend_attention_function(self.base_layer, self.site.path)
-        rows = self._rows(adapters, dict(zip(self._argument_names, args), **kwargs))
+        arguments = dict(zip(self._argument_names, args), **kwargs)
+        samples = sample_adapters()
+        if samples is None:
+            rows = self._rows([tuple(adapters)], arguments)[0]
+        else:
+            rows = self._rows_of_samples(samples, adapters, arguments)
         with attending(self.base_layer, self.site.path, rows):
             return self.base_layer(*args, **kwargs)
 
     @property
     def is_active(self) -> bool:
-        """Whether there are prompts of an active adapter."""
-        return not self.disable_adapters and bool(self._adapters(self.active_adapters))
+        """Whether there are prompts of an adapter that is in use."""
+        return bool(self._wanted_adapters())
+
+    def _wanted_adapters(self) -> list[str]:
+        if self.disable_adapters:
+            return []
+        samples = sample_adapters()
+        return self._adapters(self.active_adapters if samples is None else list(dict.fromkeys(samples.names)))
+
+    def _rows_of_samples(
+        self, samples: SampleAdapters, adapters: list[str], arguments: dict[str, Any]
+    ) -> Rows | list[Rows | None]:
+        """The rows of each sample's own adapter: as a batch, or one after the other where images are packed."""
+        rows = dict(zip(adapters, self._rows([(name,) for name in adapters], arguments)))
+        boundaries = arguments.get("cu_seqlens")
+        num_parts = len(arguments[self._argument_names[0]]) if boundaries is None else len(boundaries) - 1
+        if self.site.kind == "textual":
+            names = samples.of_tokens(num_parts)
+        else:
+            names = samples.of_images(num_parts, self.site.path)
+        of_parts = [rows.get(name) for name in names]
+        return Rows.of_batch(of_parts) if boundaries is None else of_parts
 
     def describe_weight(self, layer_name: str, name: str) -> str:
         kind = "interaction" if layer_name == "m2pt_interaction" else self.site.kind
         return f"{kind} prompt of layer {self.site.layer}"
 
-    def _rows(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
+    def _rows(self, groups: Sequence[tuple[str, ...]], arguments: dict[str, Any]) -> list[Rows]:
         """
-        Returns key and value of the prompts.
+        Returns key and value of the prompts of groups of adapters.
 
         While tokens are decoded one at a time, those of the step before serve again. The first call with a cache
         computes them anew, as does one with many tokens, where it costs little.
@@ -113,14 +139,16 @@ class M2PTAttention(M2PTLayer):
         cache = next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
         if torch.is_grad_enabled() or cache is None:
             self._kept = None
-            return self._record(adapters, arguments)
+            return [self._record(adapters, arguments) for adapters in groups]
         tokens = arguments[self._argument_names[0]]
         device_type = tokens.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        key = (tokens.dtype, tokens.device, autocast, *adapters)
+        key = (tokens.dtype, tokens.device, autocast, *groups)
         kept = self._kept
         if kept is None or tokens.shape[-2] > 1 or not kept.holds_for(cache, key):
-            kept = self._kept = _KeptRows(self._record(adapters, arguments), cache, key, self._sources(adapters))
+            rows = [self._record(adapters, arguments) for adapters in groups]
+            sources = self._sources([name for adapters in groups for name in adapters])
+            kept = self._kept = _KeptRows(rows, cache, key, sources)
         return kept.rows
 
     def _sources(self, adapters: Sequence[str]) -> list[torch.Tensor]:
@@ -158,7 +186,7 @@ class M2PTAttention(M2PTLayer):
 class _KeptRows:
     """Rows for one cache, which stay right as long as none of the tensors changes that they were computed from."""
 
-    def __init__(self, rows: Rows, cache: Any, key: tuple[Any, ...], sources: Sequence[torch.Tensor]) -> None:
+    def __init__(self, rows: list[Rows], cache: Any, key: tuple[Any, ...], sources: Sequence[torch.Tensor]) -> None:
         self.rows = rows
         self.cache = weakref.ref(cache)
         self.key = key

@@ -7,6 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .base import M2PTLayer
+from .config import M2PTConfig
 
 
 MAX_PROBLEMS = 8
@@ -32,7 +33,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     known = _embedding_weights(model)
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            known.update(f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+            names = module.adapter_state_dict_load_map(adapter_name)
+            known.update(f"{name}.{key}" for key in (*names, *names.values()))
         if not isinstance(module, M2PTLayer):
             continue
         for part, weight_name, expected in module.expected_weights(adapter_name):
@@ -41,6 +43,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
             if weight is None or tuple(weight.shape) != expected or not weight.is_floating_point():
                 found = "nothing" if weight is None else f"shape {list(weight.shape)}, {weight.dtype}"
                 problems.append(f"{part} ('{module.site.path}'): expected shape {list(expected)}, found {found}")
+            elif not weight.isfinite().all():
+                problems.append(f"{part} ('{module.site.path}'): found numbers that are not finite")
     # Models that were injected into, without a `PeftModel` around them, lack its prefix.
     problems += [
         f"'{key}': expected nothing, found shape {list(weight.shape)}"
@@ -54,6 +58,34 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
             f"The weights of adapter '{adapter_name}' do not fit the model:\n- {shown}{more}\n"
             f"Load them into the base model and with the M2PTConfig (adapter_config.json) that they were trained with."
         )
+
+
+def check_saved_modules(model: nn.Module, config: M2PTConfig, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Checks that a checkpoint has the weights of all modules that were saved with an adapter, before they are copied.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        config ([`M2PTConfig`]):
+            Names the modules.
+        weights (`dict[str, torch.Tensor]`):
+            The checkpoint.
+
+    Raises:
+        ValueError: If a weight is missing or has another shape.
+    """
+    for name, module in model.named_modules():
+        if not any(name.endswith(saved) for saved in config.modules_to_save or ()):
+            continue
+        for key, parameter in module.state_dict(prefix=f"{name}.").items():
+            weight = weights.get(key)
+            if weight is None or weight.shape != parameter.shape:
+                found = "nothing" if weight is None else f"shape {list(weight.shape)}"
+                raise ValueError(
+                    f"modules_to_save={list(config.modules_to_save)}: expected '{key}' of shape "
+                    f"{list(parameter.shape)} in the weights of the adapter, found {found}."
+                )
 
 
 def _embedding_weights(model: nn.Module) -> set[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .anatomy import find_sites
@@ -20,9 +24,10 @@ from .errors import UnsupportedModelError
 from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
-from .loading import check_state_dict
+from .loading import check_saved_modules, check_state_dict
 from .register import PREFIX
 from .report import describe
+from .samples import BASE, describe_samples, using
 from .towers import find_tower
 
 
@@ -65,15 +70,29 @@ class M2PTModel(BaseTuner):
         """
         return describe(self.model, self.active_adapters)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         if "." in adapter_name:
             raise ValueError(f"The adapter name {adapter_name!r} has a dot in it, which module names cannot have.")
         # What is filled in for this model stays out of the user's config, which may serve for another one.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # What is about to be loaded takes no memory before it is known to fit.
+            on_meta = low_cpu_mem_usage or config.loads_weights
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, on_meta, state_dict)
             self._prepare_entrances(model, adapter_name)
+            if config.loads_weights:
+                self._check_weights(model, adapter_name)
+                config.loads_weights = False
+                if not low_cpu_mem_usage:
+                    _make_room(model, adapter_name)
         except Exception as error:
             self._take_back(model, adapter_name)
             for parameter, requires_grad in trainable:
@@ -81,6 +100,18 @@ class M2PTModel(BaseTuner):
             if isinstance(error, NotImplementedError):
                 raise UnsupportedModelError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
             raise
+
+    def _load_weights(self, model: nn.Module, config: M2PTConfig) -> None:
+        """Reads the weights that PEFT is about to load, so that wrong ones are refused before anything is changed."""
+        key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        weights = config.source.load_weights(key_mapping)
+        self._weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
+        check_saved_modules(model, config, self._weights)
+
+    def _check_weights(self, model: nn.Module, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        self._remap_adapter_state_dict_for_load(model, config, adapter_name, self._weights)
+        del self._weights
 
     def _prepare_entrances(self, model: nn.Module, adapter_name: str) -> None:
         """Prepares each tower with prompts of an adapter, at its first layer."""
@@ -107,12 +138,21 @@ class M2PTModel(BaseTuner):
                 parent_path, _, name = path.rpartition(".")
                 module.remove_hooks()
                 setattr(model.get_submodule(parent_path), name, module.base_layer)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                del module.modules_to_save[adapter_name]
+                module._adapters.discard(adapter_name)
+                if not module.modules_to_save:
+                    parent_path, _, name = path.rpartition(".")
+                    setattr(model.get_submodule(parent_path), name, module.original_module)
 
     def _prepare_adapter_config(self, peft_config: M2PTConfig, model_config: dict) -> M2PTConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: M2PTConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so this is where a model is refused.
+        if peft_config.loads_weights:
+            self._load_weights(model, peft_config)
         sites = find_sites(model, peft_config)
         peft_config.num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
         if peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "layers":
@@ -125,6 +165,10 @@ class M2PTModel(BaseTuner):
             peft_config.target_modules.add(self._connector.path)
             self._check_connector(peft_config)
         self._check_exclusions(peft_config)
+        if isinstance(peft_config.exclude_modules, str):
+            # Who loads the adapter need not trust in a regular expression.
+            chosen = [path for path in self._sites if self._check_target_module_exists(peft_config, path)]
+            peft_config.exclude_modules = sorted(set(self._sites) - set(chosen))
 
     def _check_connector(self, peft_config: M2PTConfig) -> None:
         path = self._connector.path
@@ -195,6 +239,42 @@ class M2PTModel(BaseTuner):
                 self._initialise,
             )
 
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """PEFT opens this context around calls of the model, and leaves `adapter_names` to it."""
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        input_ids = {**dict(zip(names, args)), **kwargs}.get("input_ids")
+        image_token_id = getattr(self.model.config, "image_token_id", None)
+        with using(describe_samples(adapter_names, input_ids, image_token_id)):
+            yield
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+            raise TypeError(f"adapter_names={adapter_names!r} is not a list of names, one for each sample.")
+        unknown = sorted(set(adapter_names) - {*self.peft_config, BASE})
+        if unknown or not adapter_names:
+            raise ValueError(
+                f"adapter_names={list(adapter_names)}: {unknown or 'nothing'} is not the name of an adapter. There "
+                f"are {sorted(self.peft_config)}, and {BASE!r} for none."
+            )
+        if self.training:
+            raise ValueError(
+                "adapter_names says which adapter each sample uses, which is not possible in training mode. Call "
+                "model.eval(), or train the adapters one after the other."
+            )
+        for path, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                raise ValueError(
+                    f"adapter_names={list(adapter_names)}: '{path}' was trained with an adapter (modules_to_save) and "
+                    f"cannot be another for each sample. Run the samples of each adapter apart."
+                )
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         layers = [module for module in self.model.modules() if isinstance(module, M2PTLayer)]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -216,3 +296,13 @@ class M2PTModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict)
         return state_dict
+
+
+def _make_room(model: nn.Module, adapter_name: str) -> None:
+    """Brings the weights of an adapter from the meta device to where their values will be loaded."""
+    for module in model.modules():
+        if isinstance(module, M2PTLayer):
+            device, _ = module._get_base_layer_device_and_dtype(module.get_base_layer())
+            for layer_name in module.adapter_layer_names:
+                if adapter_name in getattr(module, layer_name):
+                    getattr(module, layer_name)[adapter_name].to_empty(device=device)

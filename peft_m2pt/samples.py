@@ -1,0 +1,118 @@
+"""Which adapter each sample of a batch uses, when `adapter_names` are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class SampleAdapters:
+    """
+    The adapters of a batch.
+
+    Args:
+        names (`tuple[str, ...]`):
+            The adapter of each sample. "__base__" stands for none.
+        num_images (`int`, *optional*):
+            How many images each sample has. `None` if they have different numbers, or if that is not known.
+        have_equal_images (`bool`):
+            Whether all samples have as many image tokens, and so images of the same size.
+    """
+
+    names: tuple[str, ...]
+    num_images: int | None
+    have_equal_images: bool
+
+    def of_tokens(self, num_rows: int) -> list[str]:
+        """
+        The adapter of each row of the language model's batch, in which every sample can have several rows: beams, or
+        sequences to return.
+
+        Raises:
+            ValueError: If there are not as many names as samples.
+        """
+        of_one_sample, rest = divmod(num_rows, len(self.names))
+        if rest or not of_one_sample:
+            raise ValueError(
+                f"adapter_names={list(self.names)} has {len(self.names)} names, but the batch has {num_rows} samples."
+            )
+        return self._repeated(of_one_sample)
+
+    def of_images(self, num_rows: int, path: str) -> list[str]:
+        """
+        The adapter of each image, or of each row of image features.
+
+        Args:
+            num_rows (`int`):
+                How many there are.
+            path (`str`):
+                Module path of who asks, for the error message.
+
+        Raises:
+            ValueError: If it is not known which sample they belong to.
+        """
+        of_one_sample, rest = divmod(num_rows, len(self.names))
+        is_known = self.have_equal_images or self.num_images == of_one_sample
+        if rest or not is_known:
+            raise ValueError(
+                f"adapter_names={list(self.names)}: '{path}' gets {num_rows} images or rows of image features, and it "
+                f"is not known which of the {len(self.names)} samples they belong to. Give samples with equally many "
+                f"images of the same size, or run the samples of each adapter apart."
+            )
+        return self._repeated(of_one_sample)
+
+    def _repeated(self, times: int) -> list[str]:
+        return [name for name in self.names for _ in range(times)]
+
+
+# Per thread, since several threads may call one model at once.
+_current: ContextVar[SampleAdapters | None] = ContextVar("m2pt_samples", default=None)
+
+
+def sample_adapters() -> SampleAdapters | None:
+    """The adapters of the samples that the model is being called with. `None` if all use the active ones."""
+    return _current.get()
+
+
+@contextmanager
+def using(samples: SampleAdapters) -> Iterator[None]:
+    """While this context is open, each sample uses its own adapter."""
+    token = _current.set(samples)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def describe_samples(
+    names: Sequence[str], input_ids: torch.Tensor | None, image_token_id: int | None
+) -> SampleAdapters:
+    """
+    Finds out how many images each sample has.
+
+    Args:
+        names (`Sequence[str]`):
+            The adapter of each sample.
+        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            The tokens.
+        image_token_id (`int`, *optional*):
+            The placeholder of image features among them. Neighbouring ones are taken for one image.
+
+    Returns:
+        [`SampleAdapters`]
+    """
+    if input_ids is None or image_token_id is None:
+        # Nothing but one image, or sound, for each sample.
+        return SampleAdapters(tuple(names), 1, False)
+    is_image = (input_ids == image_token_id).int()
+    starts = is_image.diff(dim=1, prepend=torch.zeros_like(is_image[:, :1])).clamp(min=0).sum(1).tolist()
+    tokens = is_image.sum(1).tolist()
+    return SampleAdapters(tuple(names), starts[0] if len(set(starts)) == 1 else None, len(set(tokens)) == 1)
