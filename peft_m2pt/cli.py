@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .convert import convert_checkpoint
 from .inspection import inspect_model
+from .running import find_program
 
 
 INTERRUPTED = 130
@@ -27,13 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _make_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        program = arguments.run(arguments)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    # Errors of a program that was found, for `run`, are its own.
+    result = program() if program is not None else 0
+    return result if isinstance(result, int) else 0
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -80,6 +84,16 @@ def _make_parser() -> argparse.ArgumentParser:
         "model", metavar="MODEL_OR_CONFIG", help="folder with a config.json, such a file, or a model id of the Hub"
     )
     inspect.set_defaults(run=_inspect)
+
+    run = commands.add_parser(
+        "run",
+        help="run another program with M2PT registered, so that it can load M2PT adapters",
+        description="Runs another program in this process, with M2PT registered, so that it can load M2PT adapters "
+        "though it does not import peft_m2pt. Processes that it starts have to import it themselves.",
+    )
+    run.add_argument("program", metavar="PROGRAM", help="console script, module, or file that ends in .py")
+    run.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="its arguments")
+    run.set_defaults(run=_run)
     return parser
 
 
@@ -100,3 +114,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     print(inspect_model(arguments.model))
+
+
+def _run(arguments: argparse.Namespace) -> Callable[[], Any]:
+    return find_program(arguments.program, arguments.arguments)

@@ -29,6 +29,7 @@ from .register import PREFIX
 from .report import describe
 from .samples import BASE, describe_samples, using
 from .towers import find_tower
+from .weighted import add_weighted_adapter
 
 
 class M2PTModel(BaseTuner):
@@ -69,6 +70,40 @@ class M2PTModel(BaseTuner):
         ```
         """
         return describe(self.model, self.active_adapters)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None = None,
+        adapter_name: str = "combined",
+        combination_type: str = "linear",
+    ) -> None:
+        """
+        Makes a new adapter out of others, which stay as they are. It is not active.
+
+        Args:
+            adapters (`Sequence[str]`):
+                Names of the adapters to combine. They need prompts in the same layers.
+            weights (`Sequence[float]`, *optional*):
+                The weight w of each. 1 by default.
+            adapter_name (`str`, defaults to `"combined"`):
+                Name of the new adapter.
+            combination_type (`str`, defaults to `"linear"`):
+                "linear": prompts `sum_i w_i P_i`, and a connector that differs from the frozen one by the weighted sum
+                of what each adapter changed in it. "cat": prompts `[P_1 ; P_2 ; ...]`, all side by side; there are no
+                weights then, and no adapter may have tuned the connector.
+
+        Raises:
+            ValueError: If the adapters do not fit together. The message names the field or the module.
+
+        Example:
+
+        ```py
+        >>> model.add_weighted_adapter(["digits", "letters"], adapter_name="both", combination_type="cat")
+        >>> model.set_adapter("both")
+        ```
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def inject_adapter(
         self,

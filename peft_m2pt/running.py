@@ -1,0 +1,51 @@
+"""Runs another program with M2PT registered: `python -m peft_m2pt run`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def find_program(program: str, arguments: Sequence[str]) -> Callable[[], Any]:
+    """
+    Finds a program that can run in this process, where M2PT is registered with PEFT.
+
+    Args:
+        program (`str`):
+            A file that ends in ".py", the name of an installed console script, or that of a module, as in
+            `python -m MODULE`.
+        arguments (`Sequence[str]`):
+            Its arguments, which are those of this process from now on.
+
+    Returns:
+        `Callable`: Runs the program.
+
+    Raises:
+        ValueError: If there is no such program.
+    """
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        if not Path(program).is_file():
+            raise ValueError(f"{program!r} is no file.")
+        sys.path[0] = str(Path(program).resolve().parent)
+        return partial(runpy.run_path, program, run_name="__main__")
+    if scripts := entry_points(group="console_scripts", name=program):
+        return next(iter(scripts)).load()
+    if not _is_module(program):
+        raise ValueError(
+            f"{program!r} is neither an installed console script, nor a module, nor a file that ends in '.py'."
+        )
+    return partial(runpy.run_module, program, run_name="__main__", alter_sys=True)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,130 @@
+"""New adapters out of those that a model has: `add_weighted_adapter`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .base import M2PTLayer
+from .config import M2PTConfig
+
+
+if TYPE_CHECKING:
+    from .model import M2PTModel
+
+
+COMBINATIONS = ("cat", "linear")
+COUNTS = ("num_visual_tokens", "num_textual_tokens", "num_interaction_tokens")
+ALIKE = ("interaction_placement", "tune_connector", "connector_rank")
+
+
+def add_weighted_adapter(
+    tuner: M2PTModel,
+    adapters: Sequence[str],
+    weights: Sequence[float] | None,
+    adapter_name: str,
+    combination_type: str,
+) -> None:
+    """See [`M2PTModel.add_weighted_adapter`]."""
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    configs = _check(tuner, adapters, weights, adapter_name, combination_type)
+    layers = [(path, module) for path, module in tuner.model.named_modules() if isinstance(module, M2PTLayer)]
+    for path, layer in layers:
+        for layer_name in layer.adapter_layer_names:
+            _check_layer(path, getattr(layer, layer_name), adapters, combination_type)
+
+    config = copy.copy(configs[0])
+    if combination_type == "cat":
+        for name in COUNTS:
+            setattr(config, name, sum(getattr(other, name) for other in configs))
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except Exception:
+        del tuner.peft_config[adapter_name]
+        raise
+    for _, layer in layers:
+        for layer_name in layer.adapter_layer_names:
+            _fill(layer, layer_name, adapters, weights, adapter_name, combination_type)
+    tuner.set_adapter(tuner.active_adapters)
+
+
+def _check(
+    tuner: M2PTModel, adapters: Sequence[str], weights: list[float], adapter_name: str, combination_type: str
+) -> list[M2PTConfig]:
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r}: there is an adapter of this name already.")
+    unknown = [name for name in adapters if name not in tuner.peft_config]
+    if unknown or not adapters:
+        raise ValueError(
+            f"adapters={list(adapters)}: {unknown or 'nothing'} is not the name of an adapter. There are "
+            f"{sorted(tuner.peft_config)}."
+        )
+    if combination_type not in COMBINATIONS:
+        raise ValueError(f"combination_type={combination_type!r} is unknown. Choose one of {COMBINATIONS}.")
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights={weights} has {len(weights)} numbers for {len(adapters)} adapters.")
+    if combination_type == "cat" and any(weight != 1 for weight in weights):
+        raise ValueError(
+            f"weights={weights}: combination_type='cat' puts prompts side by side, which gives them no weights. Leave "
+            f"them out, or choose combination_type='linear'."
+        )
+    configs = [tuner.peft_config[name] for name in adapters]
+    for field in ALIKE:
+        values = [getattr(config, field) for config in configs]
+        if len(set(values)) > 1:
+            raise ValueError(f"The adapters {list(adapters)} differ in {field}: {values}. They cannot be combined.")
+    if len(adapters) > 1 and configs[0].tune_connector:
+        rank = configs[0].connector_rank
+        if combination_type == "cat" or rank is not None:
+            how = "each tuned the connector" if rank is None else f"low-rank updates of the connector ({rank=})"
+            raise ValueError(
+                f"combination_type={combination_type!r}: the adapters {list(adapters)} have {how}, which cannot be "
+                f"combined so. Train them with tune_connector=False"
+                f"{', or choose combination_type=' + repr('linear') if rank is None else ''}."
+            )
+    if any(config.modules_to_save for config in configs):
+        raise ValueError(f"The adapters {list(adapters)} have modules_to_save, which cannot be combined.")
+    return configs
+
+
+def _check_layer(path: str, modules: nn.ModuleDict, adapters: Sequence[str], combination_type: str) -> None:
+    present = [name for name in adapters if name in modules]
+    if present and len(present) < len(adapters):
+        missing = [name for name in adapters if name not in modules]
+        raise ValueError(f"'{path}': the adapters {missing} have no prompts here, but {present} have. Choose others.")
+    if combination_type == "linear":
+        shapes = {name: [list(parameter.shape) for parameter in modules[name].parameters()] for name in present}
+        if any(shape != shapes[present[0]] for shape in shapes.values()):
+            raise ValueError(
+                f"'{path}': combination_type='linear' adds weights of equal shape, but these are {shapes}. Choose "
+                f"combination_type='cat'."
+            )
+
+
+@torch.no_grad()
+def _fill(
+    layer: M2PTLayer,
+    layer_name: str,
+    adapters: Sequence[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+) -> None:
+    modules = getattr(layer, layer_name)
+    if adapter_name not in modules:
+        return
+    sources = [dict(modules[name].named_parameters()) for name in adapters]
+    # What is new is a copy of the frozen connector: what adapters have changed of it is added up.
+    is_prompt = layer_name in ("m2pt_prompt", "m2pt_interaction")
+    for name, parameter in modules[adapter_name].named_parameters():
+        if combination_type == "cat":
+            parameter.copy_(torch.cat([source[name].to(parameter) for source in sources]))
+        else:
+            start = torch.zeros_like(parameter) if is_prompt else parameter.clone()
+            changes = [weight * (source[name].to(parameter) - start) for weight, source in zip(weights, sources)]
+            parameter.copy_(start + sum(changes))
