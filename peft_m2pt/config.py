@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .loading import check_weights_file
+
 
 LAYERS = ("first", "odd", "top_half", "bottom_half")
 PLACEMENTS = ("layers", "image")
@@ -138,6 +140,9 @@ class M2PTConfig(PeftConfig):
     # for every model, and is therefore not a field: it is neither a choice of the user nor saved.
     target_modules: ClassVar[set[str] | None] = None
 
+    # What the model card is to say (a `Card`), while a model is being saved. No field either.
+    card: ClassVar[Any] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("M2PT")
@@ -172,6 +177,21 @@ class M2PTConfig(PeftConfig):
             path = getattr(self, name)
             if path is not None and (not isinstance(path, str) or not path):
                 raise ValueError(f"{name}={path!r} is not a module path, such as 'model.vision_tower'.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        card, self.card = self.card, None
+        if card is not None:
+            card.complete(save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        # PEFT asks for the config before it changes the model, and for the weights after that.
+        check_weights_file(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
+        return config
 
     def _check_interaction(self) -> None:
         if self.num_interaction_tokens is not None:

@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from torch import nn
 
 from .base import M2PTLayer
 
 
 MAX_PROBLEMS = 8
+
+
+def check_weights_file(model_id: str | Path, subfolder: str | None = None, **download_kwargs: Any) -> None:
+    """
+    Downloads the weights of an adapter, and checks that the file is whole.
+
+    PEFT gives a model its new prompts, which are random, and looks for their weights then. What can go wrong with the
+    file shall go wrong before.
+
+    Args:
+        model_id (`str` or `Path`):
+            Repository id or folder of the adapter.
+        subfolder (`str`, *optional*):
+            Folder of the adapter in there.
+        download_kwargs (*optional*):
+            Arguments of `huggingface_hub.hf_hub_download`, which keeps the file in its cache.
+
+    Raises:
+        OSError: If the file cannot be downloaded or is not whole. No file at all is no error.
+    """
+    path = Path(model_id, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    try:
+        if not path.is_file():
+            if Path(model_id).is_dir():
+                return
+            path = hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download_kwargs)
+        with safe_open(path, framework="pt"):
+            pass
+    except RemoteEntryNotFoundError:
+        return
+    except Exception as error:
+        raise OSError(
+            f"The weights of the adapter in '{model_id}' cannot be loaded: {error}\n"
+            f"No model has been changed. Try again, or see to it that '{SAFETENSORS_WEIGHTS_NAME}' is whole."
+        ) from error
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

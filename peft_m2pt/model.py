@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .anatomy import find_sites
 from .base import NOT_MERGEABLE, M2PTLayer
+from .card import own_card
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .entrances import count_from_first_token, let_gradients_in
@@ -205,6 +206,20 @@ class M2PTModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(NOT_MERGEABLE)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: M2PTConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # Of all that PEFT does to save a model, this is where the method gets to see it.
+        if isinstance(model, PeftModel):
+            own_card(model, config)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
