@@ -302,7 +302,4 @@ def resolve(handler: Handler, repo: str, revision: str, path: str) -> None:
     content = handler.server.content(entry)
     oid = entry if isinstance(entry, str) else hashlib.sha1(content).hexdigest()
     headers |= {"ETag": f'"{oid}"', "X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(content))}
-    start = int(re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "bytes=0-"))[1])
-    if start > 0:
-        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-    handler.send_bytes(content[start:], 206 if start > 0 else 200, headers)
+    handler.send_bytes(content, headers=headers)

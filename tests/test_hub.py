@@ -104,8 +104,8 @@ def test_loading_by_id(load):
     assert torch.equal(logits(load()), expected_logits())
 
 
-def add_adapter(model, **kwargs):
-    model.load_adapter(ADAPTER, **kwargs)
+def add_adapter(model):
+    model.load_adapter(ADAPTER)
     return model
 
 
@@ -242,14 +242,6 @@ def test_interrupted_download_of_another_adapter(hub, monkeypatch):
     assert torch.equal(logits(model), expected_logits())
 
 
-def test_download_with_a_gap(hub, monkeypatch):
-    """The client goes on by itself where a download was cut once."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    hub.fail("GET", WEIGHTS, "cut")
-    assert torch.equal(logits(PeftModel.from_pretrained(base(), ADAPTER)), expected_logits())
-    assert [failure.times for failure in hub.failures] == [0]
-
-
 def test_interrupted_download_by_transformers(hub, monkeypatch):
     """transformers adds the adapter before it looks for weights. It can be taken away again."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -353,6 +345,17 @@ class TestCard:
         adapt(base()).save_pretrained(tmp_path)
         assert path.read_text().strip() == written.strip()
         check_card(card_of(tmp_path), model)
+
+    def test_pipeline_tag(self, tmp_path):
+        # PEFT would say "text-generation" for this task type.
+        model = adapt(base(), task_type="CAUSAL_LM")
+        model.save_pretrained(tmp_path)
+        check_card(card_of(tmp_path), model)
+        card = card_of(tmp_path)
+        card.data.pipeline_tag = "visual-question-answering"
+        card.save(tmp_path / "README.md")
+        model.save_pretrained(tmp_path)
+        assert card_of(tmp_path).data.pipeline_tag == "visual-question-answering"
 
     def test_a_base_model_that_is_not_on_the_hub(self, hub, tmp_path):
         """The Hub refuses cards that name a folder as the base model."""
