@@ -146,6 +146,9 @@ class M2PTConfig(PeftConfig):
     source: ClassVar[AdapterSource | None] = None
     loads_weights: ClassVar[bool] = False
 
+    # What the model card is to say (a `Card`), while a model is being saved. No field either.
+    card: ClassVar[Any] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("M2PT")
@@ -189,6 +192,12 @@ class M2PTConfig(PeftConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("source", "loads_weights")}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        card, self.card = self.card, None
+        if card is not None:
+            card.complete(save_directory)
 
     def _check_interaction(self) -> None:
         if self.num_interaction_tokens is not None:

@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .anatomy import find_sites
 from .base import NOT_MERGEABLE, M2PTLayer
+from .card import own_card
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .entrances import count_from_first_token, let_gradients_in
@@ -116,16 +117,18 @@ class M2PTModel(BaseTuner):
         if "." in adapter_name:
             raise ValueError(f"The adapter name {adapter_name!r} has a dot in it, which module names cannot have.")
         # What is filled in for this model stays out of the user's config, which may serve for another one.
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        original = self.peft_config[adapter_name]
+        self.peft_config[adapter_name] = copy.copy(original)
+        self._source = original.source if original.loads_weights else None
+        original.loads_weights = False
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             # What is about to be loaded takes no memory before it is known to fit.
-            on_meta = low_cpu_mem_usage or config.loads_weights
+            on_meta = low_cpu_mem_usage or self._source is not None
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, on_meta, state_dict)
             self._prepare_entrances(model, adapter_name)
-            if config.loads_weights:
+            if self._source is not None:
                 self._check_weights(model, adapter_name)
-                config.loads_weights = False
                 if not low_cpu_mem_usage:
                     _make_room(model, adapter_name)
         except Exception as error:
@@ -139,7 +142,7 @@ class M2PTModel(BaseTuner):
     def _load_weights(self, model: nn.Module, config: M2PTConfig) -> None:
         """Reads the weights that PEFT is about to load, so that wrong ones are refused before anything is changed."""
         key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        weights = config.source.load_weights(key_mapping)
+        weights = self._source.load_weights(key_mapping)
         self._weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
         check_saved_modules(model, config, self._weights)
 
@@ -186,7 +189,7 @@ class M2PTModel(BaseTuner):
 
     def _prepare_model(self, peft_config: M2PTConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so this is where a model is refused.
-        if peft_config.loads_weights:
+        if self._source is not None:
             self._load_weights(model, peft_config)
         sites = find_sites(model, peft_config)
         peft_config.num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
@@ -323,6 +326,20 @@ class M2PTModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(NOT_MERGEABLE)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: M2PTConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # Of all that PEFT does to save a model, this is where the method gets to see it.
+        if isinstance(model, PeftModel):
+            own_card(model, config)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

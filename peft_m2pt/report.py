@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -31,7 +32,63 @@ def describe(model: nn.Module, active_adapters: Sequence[str]) -> str:
         `str`: A table with a row for each adapter and part of the model. The share is that of all parameters; the
         norm of the gradients is shown after a backward pass.
     """
-    layers: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    parts = measure(model)
+    total = count(model.parameters())
+    table = [COLUMNS]
+    for part in parts:
+        star = "*" if part.adapter in active_adapters else ""
+        amounts = (f"{part.size:,}", f"{part.size / total:.4%}", _gradient_norm(part.parameters))
+        table.append((part.adapter + star, part.name, part.module, part.layers, part.tokens, *amounts))
+    size = sum(part.size for part in parts)
+    norm = _gradient_norm([parameter for part in parts for parameter in part.parameters])
+    table.append(("", "total", "", "", "", f"{size:,}", f"{size / total:.4%}", norm))
+    return _format(table)
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """
+    Counts weights.
+
+    Args:
+        parameters (`Iterable[nn.Parameter]`):
+            The parameters, which DeepSpeed may have partitioned.
+
+    Returns:
+        `int`
+    """
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an adapter trains in one part of a model; layers and prompts per layer in words, where there are any."""
+
+    adapter: str
+    name: str
+    module: str
+    layers: str
+    tokens: str
+    parameters: list[nn.Parameter]
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return count(self.parameters)
+
+
+def measure(model: nn.Module) -> list[Part]:
+    """
+    Lists what adapters train.
+
+    Args:
+        model (`nn.Module`):
+            A model with prompts.
+
+    Returns:
+        `list[Part]`: One for each adapter and part of the model.
+    """
+    layers: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    tokens: dict[tuple[str, ...], set[int]] = defaultdict(set)
     parameters: dict[tuple[str, ...], list[nn.Parameter]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, M2PTAttention):
@@ -39,29 +96,23 @@ def describe(model: nn.Module, active_adapters: Sequence[str]) -> str:
                 for adapter, prompt in prompts.items():
                     row = (adapter, part, _any_layer(name))
                     rows = 1 if part != "interaction" else module.site.connector.rows_per_token
-                    layers.setdefault(row, []).append((module.site.layer, prompt.num_tokens // rows))
+                    layers[row].append(module.site.layer)
+                    tokens[row].add(prompt.num_tokens // rows)
                     parameters[row] += prompt.parameters()
         elif isinstance(module, M2PTConnector):
             for layer_name in module.adapter_layer_names:
                 part = "interaction" if layer_name == "m2pt_interaction" else "connector"
                 for adapter, child in getattr(module, layer_name).items():
+                    if part == "interaction":
+                        tokens[adapter, part, name].add(child.num_tokens // (module.site.rows_per_token or 1))
                     parameters[adapter, part, name] += child.parameters()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             for adapter, child in getattr(module, "modules_to_save", {}).items():
                 parameters[adapter, "modules_to_save", name] += child.parameters()
-
-    total = sum(parameter.numel() for parameter in model.parameters())
-    table = [COLUMNS]
-    for row, group in parameters.items():
-        adapter, part, module_path = row
-        indices = [layer for layer, _ in layers.get(row, [])]
-        tokens = sorted({num_tokens for _, num_tokens in layers.get(row, [])})
-        star = "*" if adapter in active_adapters else ""
-        tokens = ", ".join(map(str, tokens))
-        table.append((adapter + star, part, module_path, ranges(indices), tokens, *_amounts(group, total)))
-    everything = [parameter for group in parameters.values() for parameter in group]
-    table.append(("", "total", "", "", "", *_amounts(everything, total)))
-    return _format(table)
+    return [
+        Part(*row, ranges(layers[row]), ", ".join(map(str, sorted(tokens[row]))), group)
+        for row, group in parameters.items()
+    ]
 
 
 def _any_layer(path: str) -> str:
@@ -82,11 +133,9 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
-def _amounts(parameters: list[nn.Parameter], total: int) -> tuple[str, str, str]:
-    count = sum(parameter.numel() for parameter in parameters)
+def _gradient_norm(parameters: list[nn.Parameter]) -> str:
     gradients = [parameter.grad.float().norm() for parameter in parameters if parameter.grad is not None]
-    norm = f"{torch.stack(gradients).norm().item():.3g}" if gradients else "-"
-    return f"{count:,}", f"{count / total:.4%}", norm
+    return f"{torch.stack(gradients).norm().item():.3g}" if gradients else "-"
 
 
 def _format(table: list[tuple[str, ...]]) -> str:

@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 
 from .errors import AdapterFileError
@@ -39,11 +39,20 @@ class AdapterSource:
                 How transformers renames the weights of older checkpoints.
 
         Raises:
-            AdapterFileError: If the file is not one of weights.
-            ValueError: If there is no such file.
+            AdapterFileError: If there is no such file, or if it is not one of weights.
+            OSError: If it cannot be downloaded.
         """
-        with naming_the_file(self.path, "adapter_model.safetensors"):
-            return load_peft_weights(self.path, device="cpu", key_mapping=key_mapping, **self.hub_arguments)
+        try:
+            with naming_the_file(self.path, SAFETENSORS_WEIGHTS_NAME):
+                return load_peft_weights(self.path, device="cpu", key_mapping=key_mapping, **self.hub_arguments)
+        except AdapterFileError:
+            raise
+        except Exception as error:
+            # Of the Hub's client and of what it is built on.
+            raise OSError(
+                f"The weights of the adapter in '{self.path}' cannot be loaded: {error}\nNo model has been changed. Try "
+                f"again."
+            ) from error
 
 
 # What the parsers of json and weights raise, and code that trusts in the types of what it reads.
