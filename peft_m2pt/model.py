@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .anatomy import find_sites
@@ -95,15 +98,16 @@ class M2PTModel(BaseTuner):
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         """Undoes what an injection has done before it failed."""
         for path, module in list(model.named_modules()):
-            if not isinstance(module, M2PTLayer):
+            if not isinstance(module, (M2PTLayer, ModulesToSaveWrapper)):
                 continue
-            for layer_name in module.adapter_layer_names:
-                if adapter_name in getattr(module, layer_name):
-                    del getattr(module, layer_name)[adapter_name]
-            if not module._get_available_adapters():
-                parent_path, _, name = path.rpartition(".")
+            is_layer = isinstance(module, M2PTLayer)
+            if module._get_available_adapters() - {adapter_name}:
+                module.delete_adapter(adapter_name, *([] if is_layer else [module.active_adapters]))
+                continue
+            if is_layer:
                 module.remove_hooks()
-                setattr(model.get_submodule(parent_path), name, module.base_layer)
+            parent_path, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent_path), name, module.base_layer if is_layer else module.original_module)
 
     def _prepare_adapter_config(self, peft_config: M2PTConfig, model_config: dict) -> M2PTConfig:
         return peft_config
@@ -116,12 +120,19 @@ class M2PTModel(BaseTuner):
             sites = [replace(site, connector=self._connector) if site.kind == "textual" else site for site in sites]
         self._initialise = PromptInitialiser(peft_config, model, sites)
         self._sites = {site.path: site for site in sites}
-        peft_config.target_modules = set(self._sites)
+        self._targets = set(self._sites)
         in_image = peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "image"
-        if self._connector is not None and (peft_config.tune_connector or in_image):
-            peft_config.target_modules.add(self._connector.path)
+        adapts_connector = self._connector is not None and (peft_config.tune_connector or in_image)
+        if adapts_connector:
+            self._targets.add(self._connector.path)
+        peft_config.target_modules = set(self._targets)
+        if adapts_connector:
             self._check_connector(peft_config)
         self._check_exclusions(peft_config)
+
+    def _check_target_module_exists(self, peft_config: M2PTConfig, key: str) -> Any:
+        # PEFT also takes modules whose paths only end in that of a target.
+        return key in self._targets and super()._check_target_module_exists(peft_config, key)
 
     def _check_connector(self, peft_config: M2PTConfig) -> None:
         path = self._connector.path
@@ -166,6 +177,11 @@ class M2PTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if current_key not in self._targets:  # PEFT has found it in a state dict
+            raise ValueError(
+                f"The state dict has weights for '{current_key}', to which the config of adapter '{adapter_name}' "
+                f"gives none. Inject it with the M2PTConfig (adapter_config.json) that it was trained with."
+            )
         in_layers = peft_config.interaction_placement == "layers"
         num_interaction_tokens = peft_config.num_interaction_tokens
         if current_key in self._sites:
@@ -202,6 +218,16 @@ class M2PTModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies the `weight` of what is replaced, which attention modules do not have.
         setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT leaves out what a method does not know, so that all samples would get the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']}: M2PT cannot use several adapters in one batch. Call the "
+                f"model once for each adapter, after set_adapter(...), and without one in disable_adapter()."
+            )
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(NOT_MERGEABLE)
