@@ -129,9 +129,15 @@ def find_sites(model: nn.Module, config: M2PTConfig) -> list[Site]:
         `list[Site]`: The visual sites, then the textual ones.
 
     Raises:
-        UnsupportedModelError: If a tower is not found or has attention that cannot be adapted.
+        UnsupportedModelError: If a tower is not found or has attention that cannot be adapted, or if the model is
+            compiled.
         ValueError: If the config asks for layers that do not exist, or that have no influence on the output.
     """
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "torch.compile has wrapped the model, so its parts are not found. Adapt the model first, and compile what "
+            "get_peft_model returns."
+        )
     kinds: list[Kind] = []
     if config.num_visual_tokens > 0:
         kinds.append("visual")

@@ -122,7 +122,7 @@ class Card:
             in_image=frozenset(
                 name
                 for name, config in configs.items()
-                if config.num_interaction_tokens and config.interaction_placement == "image"
+                if config.wanted_interaction_tokens and config.interaction_placement == "image"
             ),
         )
 

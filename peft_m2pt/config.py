@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -141,6 +143,10 @@ class M2PTConfig(PeftConfig):
     # for every model, and is therefore not a field: it is neither a choice of the user nor saved.
     target_modules: ClassVar[set[str] | None] = None
 
+    # What the fields above that leave something to the model amount to in the model that was adapted last. It is saved
+    # in their place.
+    resolved: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
     # Where the config was read from, and whether PEFT is about to load the weights that lie beside it. Neither saved
     # nor pickled, since there may be a token among it.
     source: ClassVar[AdapterSource | None] = None
@@ -192,6 +198,9 @@ class M2PTConfig(PeftConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("source", "loads_weights")}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **self.resolved}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)

@@ -31,7 +31,10 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
             continue
         part = copy.copy(child)
         part._modules = {}
-        parts[path] = copy.deepcopy(part)
+        parts[path] = part = copy.deepcopy(part)
+        for name, parameter in list(part._parameters.items()):
+            # PEFT watches this call, to put new parameters on the meta device (low_cpu_mem_usage).
+            part.register_parameter(name, parameter)
     return parts
 
 

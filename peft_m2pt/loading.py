@@ -78,6 +78,7 @@ def check_saved_modules(model: nn.Module, config: M2PTConfig, weights: dict[str,
     for name, module in model.named_modules():
         if not any(name.endswith(saved) for saved in config.modules_to_save or ()):
             continue
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         for key, parameter in module.state_dict(prefix=f"{name}.").items():
             weight = weights.get(key)
             if weight is None or weight.shape != parameter.shape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .anatomy import find_sites
@@ -116,11 +115,9 @@ class M2PTModel(BaseTuner):
     ) -> None:
         if "." in adapter_name:
             raise ValueError(f"The adapter name {adapter_name!r} has a dot in it, which module names cannot have.")
-        # What is filled in for this model stays out of the user's config, which may serve for another one.
-        original = self.peft_config[adapter_name]
-        self.peft_config[adapter_name] = copy.copy(original)
-        self._source = original.source if original.loads_weights else None
-        original.loads_weights = False
+        config = self.peft_config[adapter_name]
+        self._source = config.source if config.loads_weights else None
+        config.loads_weights = False
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             # What is about to be loaded takes no memory before it is known to fit.
@@ -131,6 +128,7 @@ class M2PTModel(BaseTuner):
                 self._check_weights(model, adapter_name)
                 if not low_cpu_mem_usage:
                     _make_room(model, adapter_name)
+            self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
         except Exception as error:
             self._take_back(model, adapter_name)
             for parameter, requires_grad in trainable:
@@ -167,22 +165,16 @@ class M2PTModel(BaseTuner):
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         """Undoes what an injection has done before it failed."""
         for path, module in list(model.named_modules()):
-            if not isinstance(module, M2PTLayer):
+            if not isinstance(module, (M2PTLayer, ModulesToSaveWrapper)):
                 continue
-            for layer_name in module.adapter_layer_names:
-                if adapter_name in getattr(module, layer_name):
-                    del getattr(module, layer_name)[adapter_name]
-            if not module._get_available_adapters():
-                parent_path, _, name = path.rpartition(".")
+            is_layer = isinstance(module, M2PTLayer)
+            if module._get_available_adapters() - {adapter_name}:
+                module.delete_adapter(adapter_name, *([] if is_layer else [module.active_adapters]))
+                continue
+            if is_layer:
                 module.remove_hooks()
-                setattr(model.get_submodule(parent_path), name, module.base_layer)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                del module.modules_to_save[adapter_name]
-                module._adapters.discard(adapter_name)
-                if not module.modules_to_save:
-                    parent_path, _, name = path.rpartition(".")
-                    setattr(model.get_submodule(parent_path), name, module.original_module)
+            parent_path, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent_path), name, module.base_layer if is_layer else module.original_module)
 
     def _prepare_adapter_config(self, peft_config: M2PTConfig, model_config: dict) -> M2PTConfig:
         return peft_config
@@ -192,21 +184,29 @@ class M2PTModel(BaseTuner):
         if self._source is not None:
             self._load_weights(model, peft_config)
         sites = find_sites(model, peft_config)
-        peft_config.num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
-        if peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "layers":
+        num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
+        if num_interaction_tokens > 0 and peft_config.interaction_placement == "layers":
             sites = [replace(site, connector=self._connector) if site.kind == "textual" else site for site in sites]
         self._initialise = PromptInitialiser(peft_config, model, sites)
         self._sites = {site.path: site for site in sites}
-        peft_config.target_modules = set(self._sites)
-        in_image = peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "image"
-        if self._connector is not None and (peft_config.tune_connector or in_image):
-            peft_config.target_modules.add(self._connector.path)
+        self._targets = set(self._sites)
+        in_image = num_interaction_tokens > 0 and peft_config.interaction_placement == "image"
+        adapts_connector = self._connector is not None and (peft_config.tune_connector or in_image)
+        if adapts_connector:
+            self._targets.add(self._connector.path)
+        peft_config.target_modules = set(self._targets)
+        if adapts_connector:
             self._check_connector(peft_config)
         self._check_exclusions(peft_config)
+        peft_config.resolved = {"num_interaction_tokens": num_interaction_tokens}
         if isinstance(peft_config.exclude_modules, str):
             # Who loads the adapter need not trust in a regular expression.
             chosen = [path for path in self._sites if self._check_target_module_exists(peft_config, path)]
-            peft_config.exclude_modules = sorted(set(self._sites) - set(chosen))
+            peft_config.resolved["exclude_modules"] = sorted(set(self._sites) - set(chosen))
+
+    def _check_target_module_exists(self, peft_config: M2PTConfig, key: str) -> Any:
+        # PEFT also takes modules whose paths only end in that of a target.
+        return key in self._targets and super()._check_target_module_exists(peft_config, key)
 
     def _check_connector(self, peft_config: M2PTConfig) -> None:
         path = self._connector.path
@@ -251,8 +251,13 @@ class M2PTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if current_key not in self._targets:  # PEFT has found it in a state dict
+            raise ValueError(
+                f"The state dict has weights for '{current_key}', to which the config of adapter '{adapter_name}' "
+                f"gives none. Inject it with the M2PTConfig (adapter_config.json) that it was trained with."
+            )
         in_layers = peft_config.interaction_placement == "layers"
-        num_interaction_tokens = peft_config.num_interaction_tokens
+        num_interaction_tokens = peft_config.resolved["num_interaction_tokens"]
         if current_key in self._sites:
             site = self._sites[current_key]
             if not isinstance(target, M2PTAttention):
@@ -338,6 +343,7 @@ class M2PTModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # Of all that PEFT does to save a model, this is where the method gets to see it.
         if isinstance(model, PeftModel):
+            config.resolved = model.base_model.resolved[adapter_name]
             own_card(model, config)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 

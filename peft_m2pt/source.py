@@ -50,8 +50,8 @@ class AdapterSource:
         except Exception as error:
             # Of the Hub's client and of what it is built on.
             raise OSError(
-                f"The weights of the adapter in '{self.path}' cannot be loaded: {error}\nNo model has been changed. Try "
-                f"again."
+                f"The weights of the adapter in '{self.path}' cannot be loaded: {error}\nNo model has been changed. "
+                f"Try again."
             ) from error
 
 

@@ -40,7 +40,8 @@ def add_weighted_adapter(
     config = copy.copy(configs[0])
     if combination_type == "cat":
         for name in COUNTS:
-            setattr(config, name, sum(getattr(other, name) for other in configs))
+            counts = [{**vars(tuner.peft_config[other]), **tuner.resolved[other]}[name] for other in adapters]
+            setattr(config, name, sum(counts))
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)

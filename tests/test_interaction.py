@@ -76,14 +76,14 @@ class TestNumbers:
     def test_as_many_as_visual_prompts(self):
         config = M2PTConfig(num_visual_tokens=5)
         peft_model = get_peft_model(make_llava(), config)
-        assert peft_model.peft_config["default"].num_interaction_tokens == 5
+        assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 5
         # The config may serve for another model, in which it is another number.
         assert config.num_interaction_tokens is None
 
     @pytest.mark.parametrize("config", [{"num_visual_tokens": 0}, {"num_textual_tokens": 0}])
     def test_none_if_one_kind_of_prompts_is_off(self, config):
         peft_model = get_peft_model(make_llava(), M2PTConfig(**config))
-        assert peft_model.peft_config["default"].num_interaction_tokens == 0
+        assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 0
         assert not [name for name in trained_by(peft_model) if "interaction" in name]
         assert [name for name in trained_by(peft_model) if "connector" in name]
 
@@ -132,7 +132,7 @@ class TestNumbers:
             get_peft_model(model, M2PTConfig(num_interaction_tokens=3, connector="model.nowhere"))
         peft_model = get_peft_model(model, M2PTConfig(connector="model.bridge"))
         assert isinstance(model.model.bridge, M2PTConnector)
-        assert peft_model.peft_config["default"].num_interaction_tokens == 20
+        assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 20
 
     def test_language_models_have_none(self, recwarn):
         model = LlamaForCausalLM(make_llava().config.text_config)
