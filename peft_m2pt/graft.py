@@ -11,12 +11,13 @@ import copy
 import math
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 
 def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     """
-    Copies all weights of a module.
+    Copies all weights of a module. Those that are offloaded are fetched for it.
 
     Args:
         module (`nn.Module`):
@@ -29,10 +30,72 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     for path, child in module.named_modules():
         if not any(True for _ in child.parameters(recurse=False)):
             continue
-        part = copy.copy(child)
-        part._modules = {}
-        parts[path] = copy.deepcopy(part)
+        with align_module_device(child):
+            part = _bare_copy(child)
+            part._modules = {}
+            parts[path] = copy.deepcopy(part)
     return parts
+
+
+def shape_parts(module: nn.Module) -> dict[str, nn.Module]:
+    """
+    Makes stand-ins for all weights of a module on the meta device, which tell shapes, wherever and in whatever form
+    the weights are kept.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+
+    Returns:
+        `dict[str, nn.Module]`: One for each module inside of it that has weights of its own, by path. All are float32.
+    """
+    parts = {}
+    for path, child in module.named_modules():
+        if is_linear(child):
+            parts[path] = nn.Linear(child.in_features, child.out_features, device="meta")
+        elif child._parameters or child._buffers:
+            parts[path] = part = _bare_copy(child)
+            part._modules = {}
+            part._parameters = {name: _shape_of(weight) for name, weight in child._parameters.items()}
+            part._buffers = {name: _shape_of(buffer) for name, buffer in child._buffers.items()}
+    return parts
+
+
+def _shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    return torch.empty(tensor.shape, dtype=None if tensor.is_floating_point() else tensor.dtype, device="meta")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, of any quantisation."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
+
+
+def quantised_linears(module: nn.Module) -> list[str]:
+    """
+    Lists the linear layers of a module whose weights are no plain floating-point numbers, by path.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+    """
+    linears = {path: child for path, child in module.named_modules() if is_linear(child)}
+    return [path for path, linear in linears.items() if not _is_plain(getattr(linear, "weight", None))]
+
+
+def _is_plain(weight: torch.Tensor | None) -> bool:
+    # Some quantised weights call themselves floating-point; their classes are those of other packages.
+    is_of_torch = type(weight).__module__.partition(".")[0] == "torch"
+    return isinstance(weight, torch.Tensor) and is_of_torch and weight.is_floating_point()
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A copy that shares all with a module but what accelerate has put around its `forward`, which calls the module."""
+    twin = copy.copy(module)
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        twin.__dict__.pop(name, None)
+    return twin
 
 
 def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
@@ -50,8 +113,9 @@ def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
     """
     parts: dict[str, nn.Module] = {}
     for path, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            dtype = child.weight.dtype if child.weight.is_floating_point() else None
+        if is_linear(child):
+            weight = getattr(child, "weight", None)
+            dtype = weight.dtype if _is_plain(weight) else None
             down = nn.Linear(child.in_features, rank, bias=False, dtype=dtype)
             up = nn.Linear(rank, child.out_features, bias=False, dtype=dtype)
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
@@ -68,7 +132,7 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
         module (`nn.Module`):
             The module, which stays as it is.
         parts (`dict[str, nn.Module]`):
-            What `copied_parts` or `low_rank_parts` have made of it.
+            What `copied_parts`, `low_rank_parts` or `shape_parts` have made of it.
         path (`str`, *optional*):
             Path of the module in the one that the parts were made of.
 
@@ -82,13 +146,13 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
         return parts[path]
     if not any(part == path or part.startswith(f"{path}." if path else "") for part in parts):
         return module
-    grafted = copy.copy(module)
+    grafted = _bare_copy(module)
     grafted._modules = {
         name: graft(child, parts, f"{path}.{name}" if path else name) for name, child in children.items()
     }
     if path in parts:
         # The same dictionary, so that parameters which are replaced later are seen.
-        grafted._parameters = parts[path]._parameters
+        grafted._parameters, grafted._buffers = parts[path]._parameters, parts[path]._buffers
     return grafted
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from .anatomy import Connector, tower_width
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
+from .graft import graft, shape_parts
 from .towers import has_tower
 
 
@@ -81,11 +82,11 @@ def _widths_of_linears(connector: nn.Module) -> list[int]:
 
 @torch.no_grad()
 def _rows_per_token(connector: nn.Module, width: int, text_width: int) -> int | None:
-    """Tries out how many rows of image features a connector makes one image token of."""
-    dtype, device = next(((p.dtype, p.device) for p in connector.parameters() if p.is_floating_point()), (None, None))
+    """Tries out how many rows of image features a connector makes one image token of, with its code but no weights."""
+    connector = graft(connector, shape_parts(connector))
     for rows_per_token in (1, 4, 9, 16):
         try:
-            output = connector(torch.zeros(3, rows_per_token, width, dtype=dtype, device=device))
+            output = connector(torch.zeros(3, rows_per_token, width, device="meta"))
         except Exception:  # whatever a connector says of rows that do not suit it
             continue
         if isinstance(output, torch.Tensor) and output.shape[-1] == text_width and output.numel() == 3 * text_width:

@@ -16,6 +16,8 @@ from .base import NOT_MERGEABLE, M2PTLayer
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .entrances import count_from_first_token, let_gradients_in
+from .errors import UnsupportedModelError
+from .graft import quantised_linears
 from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
@@ -110,6 +112,7 @@ class M2PTModel(BaseTuner):
 
     def _prepare_model(self, peft_config: M2PTConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so this is where a model is refused.
+        _check_disk_offload(model)
         sites = find_sites(model, peft_config)
         peft_config.num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
         if peft_config.num_interaction_tokens > 0 and peft_config.interaction_placement == "layers":
@@ -135,12 +138,12 @@ class M2PTModel(BaseTuner):
                 f"trains and saves a copy of it. Do not name it, or set tune_connector=False and "
                 f"num_interaction_tokens=0."
             )
-        dtypes = {parameter.dtype for parameter in self._connector.module.parameters()}
-        quantised = [dtype for dtype in dtypes if not dtype.is_floating_point]
+        quantised = quantised_linears(self._connector.module)
         if peft_config.tune_connector and peft_config.connector_rank is None and quantised:
             raise ValueError(
-                f"The connector '{path}' has quantised weights ({quantised[0]}), of which no copy can be trained. "
-                f"Train an update of it with connector_rank=8, for example, or set tune_connector=False."
+                f"The connector '{path}' has quantised linear layers {quantised}, of which no copy can be trained. "
+                f"Train an update of it with connector_rank=8, for example, or set tune_connector=False, or load the "
+                f"model without quantising '{path}'."
             )
 
     def _check_exclusions(self, peft_config: M2PTConfig) -> None:
@@ -213,3 +216,14 @@ class M2PTModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict)
         return state_dict
+
+
+def _check_disk_offload(model: nn.Module) -> None:
+    """Refuses weights on disk that nobody fetches any more, since `PeftModel.from_pretrained` has stopped that."""
+    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            "PeftModel.from_pretrained cannot load an M2PT adapter into a model that is partly offloaded to disk, since "
+            "PEFT then loses track of the weights there. Use model = get_peft_model(model, "
+            "PeftConfig.from_pretrained(adapter)) and set_peft_model_state_dict(model, load_peft_weights(adapter))."
+        )
