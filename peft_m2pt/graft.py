@@ -91,7 +91,7 @@ def _is_plain(weight: torch.Tensor | None) -> bool:
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """A copy that shares all with a module but what accelerate has put around its `forward`, which calls the module."""
+    """A copy that shares all but what accelerate has put around the `forward` of a module, which would call that."""
     twin = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
         twin.__dict__.pop(name, None)

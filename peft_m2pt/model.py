@@ -223,7 +223,7 @@ def _check_disk_offload(model: nn.Module) -> None:
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
     if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModelError(
-            "PeftModel.from_pretrained cannot load an M2PT adapter into a model that is partly offloaded to disk, since "
-            "PEFT then loses track of the weights there. Use model = get_peft_model(model, "
-            "PeftConfig.from_pretrained(adapter)) and set_peft_model_state_dict(model, load_peft_weights(adapter))."
+            "PeftModel.from_pretrained cannot load M2PT adapters into a model that is partly offloaded to disk: PEFT "
+            "loses track of the weights there. Use model = get_peft_model(model, PeftConfig.from_pretrained(adapter)) "
+            "and set_peft_model_state_dict(model, load_peft_weights(adapter))."
         )

@@ -115,7 +115,7 @@ def test_loading_onto_a_base_on_disk(saved, tmp_path):
     inputs = make_inputs()
     expected = adapt(make_llava())
     expected.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"offloaded to disk, .* set_peft_model_state_dict\(model, "):
+    with pytest.raises(UnsupportedModelError, match=r"offloaded to disk: .* set_peft_model_state_dict\(model, "):
         PeftModel.from_pretrained(load("disk", saved, tmp_path / "offload"), tmp_path)
     # The way out of the message.
     model = get_peft_model(load("disk", saved, tmp_path / "offload"), PeftConfig.from_pretrained(tmp_path))
