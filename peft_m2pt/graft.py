@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
 def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     """
-    Copies all weights of a module. Those that are offloaded are fetched for it.
+    Copies all weights of a module, but not those of other adapters in it. What is offloaded is fetched for it.
 
     Args:
         module (`nn.Module`):
@@ -27,7 +29,7 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
         `dict[str, nn.Module]`: A copy of each module inside of it that has weights of its own, by path.
     """
     parts = {}
-    for path, child in module.named_modules():
+    for path, child in own_modules(module):
         if not any(True for _ in child.parameters(recurse=False)):
             continue
         with align_module_device(child):
@@ -37,34 +39,39 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     return parts
 
 
-def shape_parts(module: nn.Module) -> dict[str, nn.Module]:
+def shape_of(module: nn.Module) -> nn.Module:
     """
-    Makes stand-ins for all weights of a module on the meta device, which tell shapes, wherever and in whatever form
-    the weights are kept.
+    Makes a version of a module whose weights are stand-ins on the meta device. It tells shapes, wherever and in
+    whatever form the weights are kept. All of it is float32.
 
     Args:
         module (`nn.Module`):
-            The module.
+            The module, which stays as it is.
 
     Returns:
-        `dict[str, nn.Module]`: One for each module inside of it that has weights of its own, by path. All are float32.
+        `nn.Module`
     """
-    parts = {}
-    for path, child in module.named_modules():
-        if is_linear(child):
-            parts[path] = nn.Linear(child.in_features, child.out_features, device="meta")
-        elif child._parameters or child._buffers:
-            parts[path] = part = _bare_copy(child)
-            part._modules = {}
-            part._parameters = {name: _shape_of(weight) for name, weight in child._parameters.items()}
-            part._buffers = {name: _shape_of(buffer) for name, buffer in child._buffers.items()}
-    return parts
+    if is_linear(module):
+        return nn.Linear(module.in_features, module.out_features, device="meta")
+    twin = _bare_copy(module)
+    twin._parameters = {name: _shape_of_tensor(weight) for name, weight in module._parameters.items()}
+    twin._buffers = {name: _shape_of_tensor(buffer) for name, buffer in module._buffers.items()}
+    twin._modules = {name: shape_of(child) for name, child in module._modules.items()}
+    return twin
 
 
-def _shape_of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _shape_of_tensor(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
     return torch.empty(tensor.shape, dtype=None if tensor.is_floating_point() else tensor.dtype, device="meta")
+
+
+def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields path and module of all modules inside of one, as if no adapters of other methods were there."""
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    yield path, module
+    for name, child in module.named_children():
+        yield from own_modules(child, f"{path}.{name}" if path else name)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -80,7 +87,7 @@ def quantised_linears(module: nn.Module) -> list[str]:
         module (`nn.Module`):
             The module.
     """
-    linears = {path: child for path, child in module.named_modules() if is_linear(child)}
+    linears = {path: child for path, child in own_modules(module) if is_linear(child)}
     return [path for path, linear in linears.items() if not _is_plain(getattr(linear, "weight", None))]
 
 
@@ -112,7 +119,7 @@ def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
         `dict[str, nn.Module]`: Two linear layers for each, by path: "<path>.lora_A" and "<path>.lora_B".
     """
     parts: dict[str, nn.Module] = {}
-    for path, child in module.named_modules():
+    for path, child in own_modules(module):
         if is_linear(child):
             weight = getattr(child, "weight", None)
             dtype = weight.dtype if _is_plain(weight) else None
@@ -132,7 +139,7 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
         module (`nn.Module`):
             The module, which stays as it is.
         parts (`dict[str, nn.Module]`):
-            What `copied_parts`, `low_rank_parts` or `shape_parts` have made of it.
+            What `copied_parts` or `low_rank_parts` have made of it.
         path (`str`, *optional*):
             Path of the module in the one that the parts were made of.
 
@@ -141,6 +148,11 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     """
     if f"{path}.lora_A" in parts:
         return LowRankLinear(module, parts[f"{path}.lora_A"], parts[f"{path}.lora_B"])
+    if isinstance(module, BaseTunerLayer):
+        # Another adapter, whose update stays on top.
+        grafted = _bare_copy(module)
+        grafted._modules = {**module._modules, "base_layer": graft(module.base_layer, parts, path)}
+        return grafted
     children = dict(module.named_children())
     if path in parts and not children:
         return parts[path]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .anatomy import Connector, tower_width
+from .base import M2PTLayer
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
-from .graft import graft, shape_parts
+from .graft import shape_of
 from .towers import has_tower
 
 
@@ -64,7 +64,7 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
         raise UnsupportedModelError(
             f"connector={path!r}: {type(model).__name__} has no module of this path."
         ) from None
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    module = module.base_layer if isinstance(module, M2PTLayer) else module
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
     widths = [num_layers * tower_width(model, "visual", config), *_widths_of_linears(module)]
@@ -83,7 +83,7 @@ def _widths_of_linears(connector: nn.Module) -> list[int]:
 @torch.no_grad()
 def _rows_per_token(connector: nn.Module, width: int, text_width: int) -> int | None:
     """Tries out how many rows of image features a connector makes one image token of, with its code but no weights."""
-    connector = graft(connector, shape_parts(connector))
+    connector = shape_of(connector)
     for rows_per_token in (1, 4, 9, 16):
         try:
             output = connector(torch.zeros(3, rows_per_token, width, device="meta"))

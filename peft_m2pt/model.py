@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .anatomy import find_sites
@@ -24,6 +25,7 @@ from .layer import M2PTAttention
 from .loading import check_state_dict
 from .register import PREFIX
 from .report import describe
+from .stacking import RefuseLaterAdapters, check_name, without_wrappers
 from .towers import find_tower
 
 
@@ -53,6 +55,10 @@ class M2PTModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = M2PTLayer
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_name(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def describe(self) -> str:
         """
         Returns a table of the prompts: for each part of the model its module path, layers, prompts per layer,
@@ -69,6 +75,7 @@ class M2PTModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if "." in adapter_name:
             raise ValueError(f"The adapter name {adapter_name!r} has a dot in it, which module names cannot have.")
+        model = without_wrappers(model)
         # What is filled in for this model stays out of the user's config, which may serve for another one.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -93,6 +100,7 @@ class M2PTModel(BaseTuner):
             layer.hooks += let_gradients_in(model, tower_path, path)
             if kind == "textual":
                 layer.hooks += count_from_first_token(model, layer)
+            layer.hooks.append(model.register_forward_pre_hook(RefuseLaterAdapters(self.peft_config)))
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         """Undoes what an injection has done before it failed."""
@@ -186,7 +194,7 @@ class M2PTModel(BaseTuner):
                 self._replace_module(parent, target_name, target, connector)
             num_interaction_tokens = 0 if in_layers else num_interaction_tokens
             if num_interaction_tokens > 0:
-                target.register_hooks(self.model)
+                target.register_hooks(without_wrappers(self.model))
             target.update_layer(
                 adapter_name,
                 peft_config.tune_connector,
@@ -195,12 +203,23 @@ class M2PTModel(BaseTuner):
                 self._initialise,
             )
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = [module for module in self.model.modules() if isinstance(module, M2PTLayer)]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for layer in layers:
-            layer.remove_hooks()
-        return model
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        # PEFT's version would remove the adapters of other methods too.
+        if merge:
+            self._check_merge_allowed()
+        names = {name for name, config in self.peft_config.items() if isinstance(config, M2PTConfig)}
+        for path, module in list(self.model.named_modules()):
+            parent_path, _, name = path.rpartition(".")
+            if isinstance(module, M2PTLayer):
+                module.remove_hooks()
+                setattr(self.model.get_submodule(parent_path), name, module.base_layer)
+            elif isinstance(module, ModulesToSaveWrapper) and names.issuperset(module.modules_to_save):
+                setattr(self.model.get_submodule(parent_path), name, module.original_module)
+        if names.issuperset(self.peft_config):
+            del without_wrappers(self.model).peft_config
+        for name in names.intersection(self.peft_config if hasattr(self.model, "peft_config") else ()):
+            del self.peft_config[name]
+        return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies the `weight` of what is replaced, which attention modules do not have.
