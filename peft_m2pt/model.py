@@ -25,7 +25,14 @@ from .layer import M2PTAttention
 from .loading import check_state_dict
 from .register import PREFIX
 from .report import describe
-from .stacking import RefuseLaterAdapters, check_name, without_wrappers
+from .stacking import (
+    WRAPPER_PREFIX,
+    RefuseLaterAdapters,
+    check_name,
+    with_prefix,
+    without_wrappers,
+    wrapper_prefix,
+)
 from .towers import find_tower
 
 
@@ -229,9 +236,16 @@ class M2PTModel(BaseTuner):
         raise NotImplementedError(NOT_MERGEABLE)
 
     @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        state_dict = super()._get_adapter_state_dict(*args, **kwargs)
+        return {with_prefix(name, WRAPPER_PREFIX): weight for name, weight in state_dict.items()}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        if prefix := wrapper_prefix(model):
+            state_dict = {with_prefix(name, prefix): weight for name, weight in state_dict.items()}
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict)
         return state_dict

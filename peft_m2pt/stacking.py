@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -12,11 +13,29 @@ from .base import M2PTLayer
 from .config import M2PTConfig
 
 
+WRAPPER_PREFIX = "base_model.model."
+
+
 def without_wrappers(model: nn.Module) -> nn.Module:
     """The model inside of a `PeftModel`, with the adapters that it has. Any other model is returned as it is."""
     while isinstance(model, PeftModel):
         model = model.get_base_model()
     return model
+
+
+def wrapper_prefix(model: nn.Module) -> str:
+    """What a model's `PeftModel`s, of which there may be one inside of the other, put in front of names in it."""
+    prefix = ""
+    while isinstance(model, PeftModel):
+        prefix += WRAPPER_PREFIX
+        model = model.get_base_model()
+    return prefix
+
+
+def with_prefix(name: str, prefix: str) -> str:
+    """A weight's name with another wrapper prefix, if it has one, so that checkpoints do not tell of stacking."""
+    plain_name = re.sub(rf"^({re.escape(WRAPPER_PREFIX)})+", "", name)
+    return name if plain_name == name else prefix + plain_name
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:

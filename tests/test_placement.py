@@ -1,4 +1,4 @@
-"""Models whose weights are offloaded to CPU or disk, that are loaded without weights, or that are dispatched later."""
+"""Where weights are, and in which precision: bases that are offloaded to CPU or disk, or have no weights yet."""
 
 import copy
 
@@ -144,6 +144,24 @@ def test_offloading_a_model_that_is_adapted(tmp_path, offload, kwargs):
     assert torch.equal(peft_model(**inputs).logits, expected)
     with peft_model.disable_adapter():
         assert torch.equal(peft_model(**make_inputs()).logits, make_llava()(**make_inputs()).logits)
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kwargs", ADAPTERS.values(), ids=ADAPTERS)
+def test_dtypes_of_the_adapter(tmp_path, kwargs, dtype, autocast_adapter_dtype):
+    inputs = inputs_for(kwargs)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    options = {"autocast_adapter_dtype": autocast_adapter_dtype}
+    peft_model = get_peft_model(make_llava().to(dtype), make_config(**kwargs), **options)
+    expected_dtype = torch.float32 if autocast_adapter_dtype else dtype
+    assert {parameter.dtype for parameter in trained_by(peft_model).values()} == {expected_dtype}
+    peft_model(**inputs).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in trained_by(peft_model).values())
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llava().to(dtype), tmp_path, **options)
+    assert {parameter.dtype for parameter in trained_by(loaded).values()} == {expected_dtype}
+    assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
 
 
 def test_a_copy_of_an_offloaded_model(saved, tmp_path):
