@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from models import adapt, make_config, make_inputs, make_llava, trained_by, without_labels
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import LlavaForConditionalGeneration
@@ -162,6 +163,16 @@ def test_dtypes_of_the_adapter(tmp_path, kwargs, dtype, autocast_adapter_dtype):
     loaded = PeftModel.from_pretrained(make_llava().to(dtype), tmp_path, **options)
     assert {parameter.dtype for parameter in trained_by(loaded).values()} == {expected_dtype}
     assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
+
+
+def test_taking_offloading_back():
+    peft_model = adapt(cpu_offload(make_llava(), execution_device="cpu"))
+    dispatched = adapt(dispatch_model(make_llava(), {"": "cpu"}, force_hooks=True))
+    for model in (peft_model, dispatched):
+        expected = model(**make_inputs()).logits
+        remove_hook_from_submodules(model.get_base_model())
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        assert torch.equal(model(**make_inputs()).logits, expected)
 
 
 def test_a_copy_of_an_offloaded_model(saved, tmp_path):
