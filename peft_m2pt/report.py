@@ -50,7 +50,7 @@ def describe(model: nn.Module, active_adapters: Sequence[str]) -> str:
             for adapter, child in getattr(module, "modules_to_save", {}).items():
                 parameters[adapter, "modules_to_save", name] += child.parameters()
 
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(_count, model.parameters()))
     table = [COLUMNS]
     for row, group in parameters.items():
         adapter, part, module_path = row
@@ -80,6 +80,12 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             ranges.append([number, number])
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """The number of weights. bitsandbytes packs two of 4 bits into a byte."""
+    is_packed = type(parameter).__name__ == "Params4bit"
+    return 2 * parameter.numel() * parameter.element_size() if is_packed else parameter.numel()
 
 
 def _amounts(parameters: list[nn.Parameter], total: int) -> tuple[str, str, str]:

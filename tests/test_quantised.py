@@ -195,6 +195,13 @@ def test_a_quantised_connector_is_not_copied(saved, quantisation):
     assert all(parameter.grad.abs().max() > 0 for parameter in trained_by(peft_model).values())
 
 
+@every_quantisation
+def test_shares_are_those_of_the_full_base(saved, quantisation):
+    quantised, full = adapt(load(saved, quantisation), connector_rank=8), adapt(make_base(), connector_rank=8)
+    assert quantised.base_model.describe() == full.base_model.describe()
+    assert quantised.get_nb_trainable_parameters() == full.get_nb_trainable_parameters()
+
+
 def test_vocabulary_of_quantised_embeddings(saved):
     config = TorchAoConfig(Int8WeightOnlyConfig(), include_input_output_embeddings=True)
     model = load(saved, lambda skip: config)
