@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -116,7 +117,11 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
     ) -> tuple[torch.device | None, torch.dtype | None]:
         # The modules that are wrapped here have no `weight` of their own. New weights get their dtype when they are
         # made: PEFT asks for it here also after loading, and would cast away what half precision cannot hold.
-        return next((parameter.device for parameter in base_layer.parameters()), None), None
+        for module in base_layer.modules():
+            for parameter in module.parameters(recurse=False):
+                is_offloaded = has_offloaded_params(module)
+                return module._hf_hook.execution_device if is_offloaded else parameter.device, None
+        return None, None
 
     def _new_prompt(self, num_tokens: int, width: int) -> M2PTPrompt:
         """Makes a prompt in the dtype of the base layer."""
@@ -131,11 +136,12 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError("M2PT cannot be merged, so there is nothing to unmerge.")
 
     def __getattr__(self, name: str) -> Any:
-        # Models read attributes of the modules of which these wrappers have taken the place.
+        # Models read attributes of the modules of which these wrappers have taken the place. Private ones are no
+        # business of theirs, and those of accelerate would have it believe that it has prepared the wrapper.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 

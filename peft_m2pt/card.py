@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import torch
@@ -18,11 +18,8 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from .config import M2PTConfig
 from .report import Part, count, measure
-
-
-if TYPE_CHECKING:
-    from .config import M2PTConfig
 
 
 FILE = "README.md"
@@ -109,8 +106,10 @@ class Card:
             [`Card`]
         """
         base_model = model.get_base_model()
-        configs = model.peft_config
-        config = configs[model.active_adapters[0]] if model.active_adapters else next(iter(configs.values()))
+        configs = {name: config for name, config in model.peft_config.items() if isinstance(config, M2PTConfig)}
+        config = next(
+            (configs[name] for name in model.active_adapters if name in configs), next(iter(configs.values()))
+        )
         parts = measure(base_model)
         total = count(base_model.parameters())
         return cls(

@@ -69,7 +69,7 @@ class M2PTConnector(M2PTLayer):
                 Fills a prompt in place, for a site.
         """
         if tune:
-            connector = self.get_base_layer()
+            connector = self.base_layer
             parts = copied_parts(connector) if rank is None else low_rank_parts(connector, rank)
             for path, part in parts.items():
                 layer_name = "_".join(["m2pt_connector", *path.split(".")]).removesuffix("_")

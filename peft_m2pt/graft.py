@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
 def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     """
-    Copies all weights of a module.
+    Copies all weights of a module, but not those of other adapters in it. What is offloaded is fetched for it.
 
     Args:
         module (`nn.Module`):
@@ -26,16 +29,83 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
         `dict[str, nn.Module]`: A copy of each module inside of it that has weights of its own, by path.
     """
     parts = {}
-    for path, child in module.named_modules():
+    for path, child in own_modules(module):
         if not any(True for _ in child.parameters(recurse=False)):
             continue
-        part = copy.copy(child)
-        part._modules = {}
-        parts[path] = part = copy.deepcopy(part)
+        with align_module_device(child):
+            part = _bare_copy(child)
+            part._modules = {}
+            parts[path] = part = copy.deepcopy(part)
         for name, parameter in list(part._parameters.items()):
             # PEFT watches this call, to put new parameters on the meta device (low_cpu_mem_usage).
             part.register_parameter(name, parameter)
     return parts
+
+
+def shape_of(module: nn.Module) -> nn.Module:
+    """
+    Makes a version of a module whose weights are stand-ins on the meta device. It tells shapes, wherever and in
+    whatever form the weights are kept. All of it is float32.
+
+    Args:
+        module (`nn.Module`):
+            The module, which stays as it is.
+
+    Returns:
+        `nn.Module`
+    """
+    if is_linear(module):
+        return nn.Linear(module.in_features, module.out_features, device="meta")
+    twin = _bare_copy(module)
+    twin._parameters = {name: _shape_of_tensor(weight) for name, weight in module._parameters.items()}
+    twin._buffers = {name: _shape_of_tensor(buffer) for name, buffer in module._buffers.items()}
+    twin._modules = {name: shape_of(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _shape_of_tensor(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    return torch.empty(tensor.shape, dtype=None if tensor.is_floating_point() else tensor.dtype, device="meta")
+
+
+def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields path and module of all modules inside of one, as if no adapters of other methods were there."""
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    yield path, module
+    for name, child in module.named_children():
+        yield from own_modules(child, f"{path}.{name}" if path else name)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, of any quantisation."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
+
+
+def quantised_linears(module: nn.Module) -> list[str]:
+    """
+    Lists the linear layers of a module whose weights are no plain floating-point numbers, by path.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+    """
+    linears = {path: child for path, child in own_modules(module) if is_linear(child)}
+    return [path for path, linear in linears.items() if not _is_plain(getattr(linear, "weight", None))]
+
+
+def _is_plain(weight: torch.Tensor | None) -> bool:
+    # Some quantised weights call themselves floating-point; their classes are those of other packages.
+    is_of_torch = type(weight).__module__.partition(".")[0] == "torch"
+    return isinstance(weight, torch.Tensor) and is_of_torch and weight.is_floating_point()
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A copy that shares all but what accelerate has put around the `forward` of a module, which would call that."""
+    twin = copy.copy(module)
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        twin.__dict__.pop(name, None)
+    return twin
 
 
 def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
@@ -52,9 +122,10 @@ def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
         `dict[str, nn.Module]`: Two linear layers for each, by path: "<path>.lora_A" and "<path>.lora_B".
     """
     parts: dict[str, nn.Module] = {}
-    for path, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            dtype = child.weight.dtype if child.weight.is_floating_point() else None
+    for path, child in own_modules(module):
+        if is_linear(child):
+            weight = getattr(child, "weight", None)
+            dtype = weight.dtype if _is_plain(weight) else None
             down = nn.Linear(child.in_features, rank, bias=False, dtype=dtype)
             up = nn.Linear(rank, child.out_features, bias=False, dtype=dtype)
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
@@ -80,18 +151,23 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     """
     if f"{path}.lora_A" in parts:
         return LowRankLinear(module, parts[f"{path}.lora_A"], parts[f"{path}.lora_B"])
+    if isinstance(module, BaseTunerLayer):
+        # Another adapter, whose update stays on top.
+        grafted = _bare_copy(module)
+        grafted._modules = {**module._modules, "base_layer": graft(module.base_layer, parts, path)}
+        return grafted
     children = dict(module.named_children())
     if path in parts and not children:
         return parts[path]
     if not any(part == path or part.startswith(f"{path}." if path else "") for part in parts):
         return module
-    grafted = copy.copy(module)
+    grafted = _bare_copy(module)
     grafted._modules = {
         name: graft(child, parts, f"{path}.{name}" if path else name) for name, child in children.items()
     }
     if path in parts:
         # The same dictionary, so that parameters which are replaced later are seen.
-        grafted._parameters = parts[path]._parameters
+        grafted._parameters, grafted._buffers = parts[path]._parameters, parts[path]._buffers
     return grafted
 
 

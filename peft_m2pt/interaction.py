@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .anatomy import Connector, tower_width
+from .base import M2PTLayer
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
+from .graft import shape_of
 from .towers import has_tower
 
 
@@ -63,7 +64,7 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
         raise UnsupportedModelError(
             f"connector={path!r}: {type(model).__name__} has no module of this path."
         ) from None
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    module = module.base_layer if isinstance(module, M2PTLayer) else module
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
     widths = [num_layers * tower_width(model, "visual", config), *_widths_of_linears(module)]
@@ -81,11 +82,11 @@ def _widths_of_linears(connector: nn.Module) -> list[int]:
 
 @torch.no_grad()
 def _rows_per_token(connector: nn.Module, width: int, text_width: int) -> int | None:
-    """Tries out how many rows of image features a connector makes one image token of."""
-    dtype, device = next(((p.dtype, p.device) for p in connector.parameters() if p.is_floating_point()), (None, None))
+    """Tries out how many rows of image features a connector makes one image token of, with its code but no weights."""
+    connector = shape_of(connector)
     for rows_per_token in (1, 4, 9, 16):
         try:
-            output = connector(torch.zeros(3, rows_per_token, width, dtype=dtype, device=device))
+            output = connector(torch.zeros(3, rows_per_token, width, device="meta"))
         except Exception:  # whatever a connector says of rows that do not suit it
             continue
         if isinstance(output, torch.Tensor) and output.shape[-1] == text_width and output.numel() == 3 * text_width:

@@ -21,6 +21,7 @@ from .config import M2PTConfig
 from .connector import M2PTConnector
 from .entrances import count_from_first_token, let_gradients_in
 from .errors import UnsupportedModelError
+from .graft import quantised_linears
 from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
@@ -28,6 +29,14 @@ from .loading import check_saved_modules, check_state_dict
 from .register import PREFIX
 from .report import describe
 from .samples import BASE, describe_samples, using
+from .stacking import (
+    WRAPPER_PREFIX,
+    RefuseLaterAdapters,
+    check_name,
+    with_prefix,
+    without_wrappers,
+    wrapper_prefix,
+)
 from .towers import find_tower
 from .weighted import add_weighted_adapter
 
@@ -57,6 +66,10 @@ class M2PTModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = M2PTLayer
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_name(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def describe(self) -> str:
         """
@@ -115,6 +128,7 @@ class M2PTModel(BaseTuner):
     ) -> None:
         if "." in adapter_name:
             raise ValueError(f"The adapter name {adapter_name!r} has a dot in it, which module names cannot have.")
+        model = without_wrappers(model)
         config = self.peft_config[adapter_name]
         self._source = config.source if config.loads_weights else None
         config.loads_weights = False
@@ -161,6 +175,7 @@ class M2PTModel(BaseTuner):
             layer.hooks += let_gradients_in(model, tower_path, path)
             if kind == "textual":
                 layer.hooks += count_from_first_token(model, layer)
+            layer.hooks.append(model.register_forward_pre_hook(RefuseLaterAdapters(self.peft_config)))
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         """Undoes what an injection has done before it failed."""
@@ -181,6 +196,7 @@ class M2PTModel(BaseTuner):
 
     def _prepare_model(self, peft_config: M2PTConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so this is where a model is refused.
+        _check_disk_offload(model)
         if self._source is not None:
             self._load_weights(model, peft_config)
         sites = find_sites(model, peft_config)
@@ -220,12 +236,12 @@ class M2PTModel(BaseTuner):
                 f"trains and saves a copy of it. Do not name it, or set tune_connector=False and "
                 f"num_interaction_tokens=0."
             )
-        dtypes = {parameter.dtype for parameter in self._connector.module.parameters()}
-        quantised = [dtype for dtype in dtypes if not dtype.is_floating_point]
+        quantised = quantised_linears(self._connector.module)
         if peft_config.tune_connector and peft_config.connector_rank is None and quantised:
             raise ValueError(
-                f"The connector '{path}' has quantised weights ({quantised[0]}), of which no copy can be trained. "
-                f"Train an update of it with connector_rank=8, for example, or set tune_connector=False."
+                f"The connector '{path}' has quantised linear layers {quantised}, of which no copy can be trained. "
+                f"Train an update of it with connector_rank=8, for example, or set tune_connector=False, or load the "
+                f"model without quantising '{path}'."
             )
 
     def _check_exclusions(self, peft_config: M2PTConfig) -> None:
@@ -273,7 +289,7 @@ class M2PTModel(BaseTuner):
                 self._replace_module(parent, target_name, target, connector)
             num_interaction_tokens = 0 if in_layers else num_interaction_tokens
             if num_interaction_tokens > 0:
-                target.register_hooks(self.model)
+                target.register_hooks(without_wrappers(self.model))
             target.update_layer(
                 adapter_name,
                 peft_config.tune_connector,
@@ -318,12 +334,23 @@ class M2PTModel(BaseTuner):
                     f"cannot be another for each sample. Run the samples of each adapter apart."
                 )
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = [module for module in self.model.modules() if isinstance(module, M2PTLayer)]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for layer in layers:
-            layer.remove_hooks()
-        return model
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        # PEFT's version would remove the adapters of other methods too.
+        if merge:
+            self._check_merge_allowed()
+        names = {name for name, config in self.peft_config.items() if isinstance(config, M2PTConfig)}
+        for path, module in list(self.model.named_modules()):
+            parent_path, _, name = path.rpartition(".")
+            if isinstance(module, M2PTLayer):
+                module.remove_hooks()
+                setattr(self.model.get_submodule(parent_path), name, module.base_layer)
+            elif isinstance(module, ModulesToSaveWrapper) and names.issuperset(module.modules_to_save):
+                setattr(self.model.get_submodule(parent_path), name, module.original_module)
+        if names.issuperset(self.peft_config):
+            del without_wrappers(self.model).peft_config
+        for name in names.intersection(self.peft_config if hasattr(self.model, "peft_config") else ()):
+            del self.peft_config[name]
+        return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies the `weight` of what is replaced, which attention modules do not have.
@@ -345,12 +372,15 @@ class M2PTModel(BaseTuner):
         if isinstance(model, PeftModel):
             config.resolved = model.base_model.resolved[adapter_name]
             own_card(model, config)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        state_dict = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {with_prefix(name, WRAPPER_PREFIX): weight for name, weight in state_dict.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        if prefix := wrapper_prefix(model):
+            state_dict = {with_prefix(name, prefix): weight for name, weight in state_dict.items()}
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict)
         return state_dict
@@ -364,3 +394,14 @@ def _make_room(model: nn.Module, adapter_name: str) -> None:
             for layer_name in module.adapter_layer_names:
                 if adapter_name in getattr(module, layer_name):
                     getattr(module, layer_name)[adapter_name].to_empty(device=device)
+
+
+def _check_disk_offload(model: nn.Module) -> None:
+    """Refuses weights on disk that nobody fetches any more, since `PeftModel.from_pretrained` has stopped that."""
+    on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+    if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            "PeftModel.from_pretrained cannot load M2PT adapters into a model that is partly offloaded to disk: PEFT "
+            "loses track of the weights there. Use model = get_peft_model(model, PeftConfig.from_pretrained(adapter)) "
+            "and set_peft_model_state_dict(model, load_peft_weights(adapter))."
+        )

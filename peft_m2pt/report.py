@@ -56,7 +56,14 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     Returns:
         `int`
     """
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    return sum(map(_count, parameters))
+
+
+def _count(parameter: nn.Parameter) -> int:
+    # bitsandbytes packs two weights of 4 bits into a byte; DeepSpeed keeps a part on each device.
+    is_packed = type(parameter).__name__ == "Params4bit"
+    num_elements = 2 * parameter.numel() * parameter.element_size() if is_packed else parameter.numel()
+    return getattr(parameter, "ds_numel", num_elements)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""M2PT beside adapters of other methods in one model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from .base import M2PTLayer
+from .config import M2PTConfig
+
+
+WRAPPER_PREFIX = "base_model.model."
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside of a `PeftModel`, with the adapters that it has. Any other model is returned as it is."""
+    while isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return model
+
+
+def wrapper_prefix(model: nn.Module) -> str:
+    """What a model's `PeftModel`s, of which there may be one inside of the other, put in front of names in it."""
+    prefix = ""
+    while isinstance(model, PeftModel):
+        prefix += WRAPPER_PREFIX
+        model = model.get_base_model()
+    return prefix
+
+
+def with_prefix(name: str, prefix: str) -> str:
+    """A weight's name with another wrapper prefix, if it has one, so that checkpoints do not tell of stacking."""
+    plain_name = re.sub(rf"^({re.escape(WRAPPER_PREFIX)})+", "", name)
+    return name if plain_name == name else prefix + plain_name
+
+
+def check_name(model: nn.Module, adapter_name: str) -> None:
+    """
+    Checks that an adapter gets a name of its own.
+
+    Args:
+        model (`nn.Module`):
+            The model, which may have adapters of any method.
+        adapter_name (`str`):
+            Name of an adapter to be.
+
+    Raises:
+        ValueError: If the model has an adapter of this name.
+    """
+    existing = getattr(model, "peft_config", {}).get(adapter_name)
+    if existing is not None:
+        raise ValueError(
+            f"The model already has an adapter '{adapter_name}' ({existing.peft_type.value}). Give this one another "
+            f"name, as in get_peft_model(model, config, adapter_name='m2pt'), or remove the other first with unload()."
+        )
+
+
+class RefuseLaterAdapters:
+    """
+    Refuses to run a model to which another method was added after M2PT, if it has passed over a part of its modules.
+
+    PEFT takes what is inside of an adapted module for parts of the adapter, so it finds no linear layer there. This is
+    a forward pre-hook for the model.
+
+    Args:
+        configs (`dict[str, PeftConfig]`):
+            The adapters of the model, to which PEFT adds those that come later.
+    """
+
+    def __init__(self, configs: dict[str, PeftConfig]) -> None:
+        self.configs = configs
+        self.checked = dict(configs)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        for name, config in self.configs.items():
+            if self.checked.get(name) is config:
+                continue
+            if not isinstance(config, M2PTConfig):
+                self._check(model, name, config)
+            self.checked[name] = config
+
+    def _check(self, model: nn.Module, name: str, config: PeftConfig) -> None:
+        if isinstance(self.checked.get(name), M2PTConfig):
+            raise ValueError(
+                f"Adapter '{name}' ({config.peft_type.value}) has the name of an M2PT adapter of the same model. Give "
+                f"it another name."
+            )
+        for path, module in model.named_modules():
+            if not isinstance(module, M2PTLayer):
+                continue
+            for part, _ in module.base_layer.named_modules():
+                if check_target_module_exists(config, f"{path}.{part}"):
+                    raise ValueError(
+                        f"Adapter '{name}' ({config.peft_type.value}) was added after M2PT, and PEFT has passed over "
+                        f"'{path}.{part}', since M2PT has adapted '{path}'. Add it to the model first, and M2PT then."
+                    )
