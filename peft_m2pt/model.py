@@ -236,6 +236,12 @@ class M2PTModel(BaseTuner):
                 f"trains and saves a copy of it. Do not name it, or set tune_connector=False and "
                 f"num_interaction_tokens=0."
             )
+        widths = [module.in_features for module in self._connector.module.modules() if hasattr(module, "in_features")]
+        if peft_config.connector_rank is not None and peft_config.connector_rank > max(widths, default=0):
+            raise ValueError(
+                f"connector_rank={peft_config.connector_rank} is more than the widest linear layer of the connector "
+                f"'{path}' is wide ({max(widths, default=0)}). Choose a lower one, or None for a full copy."
+            )
         quantised = quantised_linears(self._connector.module)
         if peft_config.tune_connector and peft_config.connector_rank is None and quantised:
             raise ValueError(
