@@ -131,7 +131,8 @@ class M2PTModel(BaseTuner):
         model = without_wrappers(model)
         config = self.peft_config[adapter_name]
         self._source = config.source if config.loads_weights else None
-        config.loads_weights = False
+        # Once, since the config may serve for new adapters after that.
+        config.source, config.loads_weights = None, False
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             # What is about to be loaded takes no memory before it is known to fit.
@@ -139,9 +140,9 @@ class M2PTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, on_meta, state_dict)
             self._prepare_entrances(model, adapter_name)
             if self._source is not None:
-                self._check_weights(model, adapter_name)
+                weights = self._remap_adapter_state_dict_for_load(model, config, adapter_name, self._weights)
                 if not low_cpu_mem_usage:
-                    _make_room(model, adapter_name)
+                    _fill(model, adapter_name, weights)
             self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
         except Exception as error:
             self._take_back(model, adapter_name)
@@ -150,6 +151,8 @@ class M2PTModel(BaseTuner):
             if isinstance(error, NotImplementedError):
                 raise UnsupportedModelError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
             raise
+        finally:
+            self._source = self._weights = None
 
     def _load_weights(self, model: nn.Module, config: M2PTConfig) -> None:
         """Reads the weights that PEFT is about to load, so that wrong ones are refused before anything is changed."""
@@ -157,11 +160,6 @@ class M2PTModel(BaseTuner):
         weights = self._source.load_weights(key_mapping)
         self._weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
         check_saved_modules(model, config, self._weights)
-
-    def _check_weights(self, model: nn.Module, adapter_name: str) -> None:
-        config = self.peft_config[adapter_name]
-        self._remap_adapter_state_dict_for_load(model, config, adapter_name, self._weights)
-        del self._weights
 
     def _prepare_entrances(self, model: nn.Module, adapter_name: str) -> None:
         """Prepares each tower with prompts of an adapter, at its first layer."""
@@ -392,14 +390,18 @@ class M2PTModel(BaseTuner):
         return state_dict
 
 
-def _make_room(model: nn.Module, adapter_name: str) -> None:
-    """Brings the weights of an adapter from the meta device to where their values will be loaded."""
-    for module in model.modules():
-        if isinstance(module, M2PTLayer):
-            device, _ = module._get_base_layer_device_and_dtype(module.get_base_layer())
-            for layer_name in module.adapter_layer_names:
-                if adapter_name in getattr(module, layer_name):
-                    getattr(module, layer_name)[adapter_name].to_empty(device=device)
+@torch.no_grad()
+def _fill(model: nn.Module, adapter_name: str, weights: dict[str, torch.Tensor]) -> None:
+    """Brings the weights of an adapter from the meta device to where their values are."""
+    for path, module in model.named_modules():
+        if not isinstance(module, M2PTLayer):
+            continue
+        device, _ = module._get_base_layer_device_and_dtype(module.get_base_layer())
+        for layer_name in module.adapter_layer_names:
+            if adapter_name in getattr(module, layer_name):
+                part = getattr(module, layer_name)[adapter_name].to_empty(device=device)
+                for name, parameter in part.named_parameters():
+                    parameter.copy_(weights[f"{path}.{layer_name}.{adapter_name}.{name}"])
 
 
 def _check_disk_offload(model: nn.Module) -> None:

@@ -186,3 +186,25 @@ def test_long_lists_of_problems_are_cut(saved):
     with pytest.raises(ValueError) as error:
         PeftModel.from_pretrained(make_llava(), folder)
     assert re.search(r"\n- and \d\d more\n", str(error.value))
+
+
+def test_a_loaded_config_serves_for_new_adapters(saved):
+    """PEFT changes the config of an adapter when it saves it, and trainers add adapters with the config of another."""
+    peft_model, folder = saved
+    loaded = PeftModel.from_pretrained(make_llava(), folder)
+    loaded.save_pretrained(folder / "again")
+    (folder / "again" / WEIGHTS).unlink()
+    torch.manual_seed(3)
+    loaded.add_adapter("new", loaded.peft_config["default"])
+    expected = {
+        name.replace(".default.", "."): weight.shape
+        for name, weight in trained_by(loaded).items()
+        if ".default." in name
+    }
+    prompts = {
+        name: weight for name, weight in trained_by(loaded).items() if ".new." in name and "connector" not in name
+    }
+    assert {name.replace(".new.", ".") for name in trained_by(loaded) if ".new." in name} == set(expected)
+    for weight in prompts.values():
+        bound = (6 / (weight.shape[0] + 1) / weight.shape[1]) ** 0.5
+        assert 0.5 * bound < weight.abs().max() <= bound
