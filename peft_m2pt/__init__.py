@@ -6,7 +6,7 @@ Importing this package registers the method with PEFT, nothing more.
 
 from .config import M2PTConfig
 from .connector import M2PTConnector
-from .errors import UnsupportedModelError
+from .errors import AdapterFileError, ConversionError, UnsupportedModelError
 from .layer import M2PTAttention
 from .model import M2PTModel
 from .processing import adapt_processor
@@ -15,6 +15,15 @@ from .register import register
 
 __version__ = "0.1.0"
 
-__all__ = ["M2PTAttention", "M2PTConfig", "M2PTConnector", "M2PTModel", "UnsupportedModelError", "adapt_processor"]
+__all__ = [
+    "AdapterFileError",
+    "ConversionError",
+    "M2PTAttention",
+    "M2PTConfig",
+    "M2PTConnector",
+    "M2PTModel",
+    "UnsupportedModelError",
+    "adapt_processor",
+]
 
 register(M2PTConfig, M2PTModel)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention import check_implementation, find_attention_call
 from .config import M2PTConfig
-from .dataflow import ChildCall, find_calls, first_reader
+from .dataflow import ChildCall, Flow, find_calls, first_reader
 from .errors import UnsupportedModelError
 from .positions import Rotary, argument_names, check_arguments, find_rotary
 from .towers import FIELDS, TOWERS, Kind, find_tower
@@ -248,7 +248,7 @@ def _first_dead_layer(model: nn.Module, num_layers: int) -> int:
     config = getattr(model, "config", None)
     vision_config = getattr(config, "vision_config", None)
     feature_layers = getattr(config, "vision_feature_layer", getattr(vision_config, "feature_layer", None))
-    if feature_layers is None:
+    if feature_layers is None or feature_layers == []:
         return num_layers
     feature_layers = [feature_layers] if isinstance(feature_layers, int) else feature_layers
     return max(layer % (num_layers + 1) for layer in feature_layers)
@@ -345,7 +345,8 @@ def _find_input(model: nn.Module, path: str, way_out: str) -> tuple[nn.Module, t
         path = parent_path
 
 
-def _common_flow(calls: list[ChildCall]):
+def _common_flow(calls: list[ChildCall]) -> Flow | None:
+    """Where the input of all these calls comes from, if it is the same for all."""
     flows = {call.flow for call in calls}
     return flows.pop() if len(flows) == 1 else None
 

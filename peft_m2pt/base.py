@@ -70,7 +70,7 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
         while self.hooks:
             self.hooks.pop().remove()
 
-    def expected_weights(self, adapter_name: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    def expected_weights(self, adapter_name: str) -> Iterator[tuple[str, str, tuple[int, ...], bool]]:
         """
         Lists the weights of an adapter.
 
@@ -79,18 +79,20 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
                 Name of the adapter.
 
         Returns:
-            `Iterator[tuple[str, str, tuple[int, ...]]]`: For each weight what it is, its name in this module and its
-            shape.
+            `Iterator[tuple[str, str, tuple[int, ...], bool]]`: For each weight what it is, its name in this module,
+            its shape, and whether it is of floating-point numbers.
         """
         for layer_name in self.adapter_layer_names:
             modules = getattr(self, layer_name)
             if adapter_name not in modules:
                 continue
-            for name, parameter in modules[adapter_name].named_parameters():
+            # Buffers are saved too.
+            for name, tensor in modules[adapter_name].state_dict(keep_vars=True).items():
                 # Of a prompt, the shape is known; a parameter may be partitioned.
                 prompt = modules[adapter_name]
-                shape = (prompt.num_tokens, prompt.width) if isinstance(prompt, M2PTPrompt) else tuple(parameter.shape)
-                yield self.describe_weight(layer_name, name), f"{layer_name}.{adapter_name}.{name}", shape
+                shape = (prompt.num_tokens, prompt.width) if isinstance(prompt, M2PTPrompt) else tuple(tensor.shape)
+                weight_name = f"{layer_name}.{adapter_name}.{name}"
+                yield self.describe_weight(layer_name, name), weight_name, shape, tensor.is_floating_point()
 
     @abstractmethod
     def describe_weight(self, layer_name: str, name: str) -> str:

@@ -48,8 +48,9 @@ def own_card(model: PeftModel, config: M2PTConfig) -> None:
         config ([`M2PTConfig`]):
             The config of one of its adapters, which is saved next.
     """
-    model.create_or_update_model_card = functools.partial(_create_or_update_model_card, model)
-    model._upload_modified_files = functools.partial(_upload_modified_files, model)
+    if "create_or_update_model_card" not in vars(model):
+        model.create_or_update_model_card = functools.partial(_create_or_update_model_card, model)
+        model._upload_modified_files = functools.partial(_upload_modified_files, model)
     config.card = Card.of(model)
 
 
@@ -106,7 +107,7 @@ class Card:
             [`Card`]
         """
         base_model = model.get_base_model()
-        configs = {name: config for name, config in model.peft_config.items() if isinstance(config, M2PTConfig)}
+        configs = model.base_model.own_configs
         config = next(
             (configs[name] for name in model.active_adapters if name in configs), next(iter(configs.values()))
         )

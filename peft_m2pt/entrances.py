@@ -106,7 +106,7 @@ class CountFromFirstToken:
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return None
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return args, {**kwargs, "position_ids": position_ids[:, -tokens.shape[1] :]}
+        return (), {**arguments, "position_ids": position_ids[:, -tokens.shape[1] :]}
 
 
 def count_from_first_token(model: nn.Module, layer: M2PTLayer) -> list[RemovableHandle]:

@@ -5,8 +5,8 @@ class UnsupportedModelError(ValueError):
     """
     M2PT cannot adapt a model, or a part of it.
 
-    Raised before anything in the model is changed. The message names the module and the fields of [`M2PTConfig`] that
-    help.
+    Raised before anything in the model is changed, wherever the code of the model tells; otherwise when it is called.
+    The message names the module and the fields of [`M2PTConfig`] that help.
     """
 
 

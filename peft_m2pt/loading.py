@@ -37,10 +37,10 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
             known.update(f"{name}.{key}" for key in (*names, *names.values()))
         if not isinstance(module, M2PTLayer):
             continue
-        for part, weight_name, expected in module.expected_weights(adapter_name):
+        for part, weight_name, expected, is_floating in module.expected_weights(adapter_name):
             weight = state_dict.get(f"{name}.{weight_name}")
             known.add(f"{name}.{weight_name}")
-            if weight is None or tuple(weight.shape) != expected or not weight.is_floating_point():
+            if weight is None or tuple(weight.shape) != expected or weight.is_floating_point() != is_floating:
                 found = "nothing" if weight is None else f"shape {list(weight.shape)}, {weight.dtype}"
                 problems.append(f"{part} ('{module.site.path}'): expected shape {list(expected)}, found {found}")
             elif not weight.isfinite().all():

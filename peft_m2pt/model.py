@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,8 +32,9 @@ from .report import describe
 from .samples import BASE, describe_samples, using
 from .stacking import (
     WRAPPER_PREFIX,
-    RefuseLaterAdapters,
     check_name,
+    check_name_is_free,
+    refuse_later_adapters,
     with_prefix,
     without_wrappers,
     wrapper_prefix,
@@ -68,8 +70,13 @@ class M2PTModel(BaseTuner):
     tuner_layer_cls = M2PTLayer
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_name(model, adapter_name)
+        check_name_is_free(model, adapter_name)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    @property
+    def own_configs(self) -> dict[str, M2PTConfig]:
+        """The configs of the M2PT adapters. The model may have adapters of other methods too."""
+        return {name: config for name, config in self.peft_config.items() if isinstance(config, M2PTConfig)}
 
     def describe(self) -> str:
         """
@@ -126,33 +133,40 @@ class M2PTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        if "." in adapter_name:
-            raise ValueError(f"The adapter name {adapter_name!r} has a dot in it, which module names cannot have.")
+        check_name(adapter_name)
         model = without_wrappers(model)
         config = self.peft_config[adapter_name]
         self._source = config.source if config.loads_weights else None
         # Once, since the config may serve for new adapters after that.
         config.source, config.loads_weights = None, False
+        targeted = list(self.targeted_module_names)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            # What is about to be loaded takes no memory before it is known to fit.
-            on_meta = low_cpu_mem_usage or self._source is not None
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, on_meta, state_dict)
-            self._prepare_entrances(model, adapter_name)
-            if self._source is not None:
-                weights = self._remap_adapter_state_dict_for_load(model, config, adapter_name, self._weights)
-                if not low_cpu_mem_usage:
-                    _fill(model, adapter_name, weights)
-            self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
-        except Exception as error:
+
+        def take_back() -> None:
             self._take_back(model, adapter_name)
+            self.targeted_module_names = list(targeted)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
+
+        try:
+            if self._source is not None:
+                # A rehearsal on the meta device: what is to be loaded takes no memory before it is known to fit.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    super().inject_adapter(model, adapter_name, autocast_adapter_dtype, True, state_dict)
+                self._remap_adapter_state_dict_for_load(model, config, adapter_name, self._weights)
+                take_back()
+                self._source = None
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._prepare_entrances(model, adapter_name)
+            self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
+        except Exception as error:
+            take_back()
             if isinstance(error, NotImplementedError):
                 raise UnsupportedModelError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
             raise
         finally:
-            self._source = self._weights = None
+            self._source = self._weights = self._initialise = None
 
     def _load_weights(self, model: nn.Module, config: M2PTConfig) -> None:
         """Reads the weights that PEFT is about to load, so that wrong ones are refused before anything is changed."""
@@ -165,15 +179,16 @@ class M2PTModel(BaseTuner):
         """Prepares each tower with prompts of an adapter, at its first layer."""
         config = self.peft_config[adapter_name]
         for kind in ("visual", "textual"):
-            path = next((path for path, site in self._sites.items() if site.kind == kind), None)
-            layer = None if path is None else model.get_submodule(path)
-            if not isinstance(layer, M2PTAttention) or layer.hooks:
+            modules = (model.get_submodule(path) for path, site in self._sites.items() if site.kind == kind)
+            layers = (module for module in modules if isinstance(module, M2PTAttention))
+            layer = next((layer for layer in layers if layer._adapters([adapter_name])), None)
+            if layer is None or layer.hooks:
                 continue
             tower_path, _ = find_tower(model, kind, config)
-            layer.hooks += let_gradients_in(model, tower_path, path)
+            layer.hooks += let_gradients_in(model, tower_path, layer.site.path)
             if kind == "textual":
                 layer.hooks += count_from_first_token(model, layer)
-            layer.hooks.append(model.register_forward_pre_hook(RefuseLaterAdapters(self.peft_config)))
+            layer.hooks += refuse_later_adapters(model, self.peft_config)
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         """Undoes what an injection has done before it failed."""
@@ -320,11 +335,11 @@ class M2PTModel(BaseTuner):
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
             raise TypeError(f"adapter_names={adapter_names!r} is not a list of names, one for each sample.")
-        unknown = sorted(set(adapter_names) - {*self.peft_config, BASE})
+        unknown = sorted(set(adapter_names) - {*self.own_configs, BASE})
         if unknown or not adapter_names:
             raise ValueError(
                 f"adapter_names={list(adapter_names)}: {unknown or 'nothing'} is not the name of an adapter. There "
-                f"are {sorted(self.peft_config)}, and {BASE!r} for none."
+                f"are {sorted(self.own_configs)}, and {BASE!r} for none."
             )
         if self.training:
             raise ValueError(
@@ -342,7 +357,7 @@ class M2PTModel(BaseTuner):
         # PEFT's version would remove the adapters of other methods too.
         if merge:
             self._check_merge_allowed()
-        names = {name for name, config in self.peft_config.items() if isinstance(config, M2PTConfig)}
+        names = set(self.own_configs)
         for path, module in list(self.model.named_modules()):
             parent_path, _, name = path.rpartition(".")
             if isinstance(module, M2PTLayer):
@@ -352,8 +367,9 @@ class M2PTModel(BaseTuner):
                 setattr(self.model.get_submodule(parent_path), name, module.original_module)
         if names.issuperset(self.peft_config):
             del without_wrappers(self.model).peft_config
-        for name in names.intersection(self.peft_config if hasattr(self.model, "peft_config") else ()):
-            del self.peft_config[name]
+        else:
+            for name in names:
+                del self.peft_config[name]
         return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -390,26 +406,12 @@ class M2PTModel(BaseTuner):
         return state_dict
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, adapter_name: str, weights: dict[str, torch.Tensor]) -> None:
-    """Brings the weights of an adapter from the meta device to where their values are."""
-    for path, module in model.named_modules():
-        if not isinstance(module, M2PTLayer):
-            continue
-        device, _ = module._get_base_layer_device_and_dtype(module.get_base_layer())
-        for layer_name in module.adapter_layer_names:
-            if adapter_name in getattr(module, layer_name):
-                part = getattr(module, layer_name)[adapter_name].to_empty(device=device)
-                for name, parameter in part.named_parameters():
-                    parameter.copy_(weights[f"{path}.{layer_name}.{adapter_name}.{name}"])
-
-
 def _check_disk_offload(model: nn.Module) -> None:
     """Refuses weights on disk that nobody fetches any more, since `PeftModel.from_pretrained` has stopped that."""
     on_disk = "disk" in (getattr(model, "hf_device_map", None) or {}).values()
     if on_disk and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModelError(
             "PeftModel.from_pretrained cannot load M2PT adapters into a model that is partly offloaded to disk: PEFT "
-            "loses track of the weights there. Use model = get_peft_model(model, PeftConfig.from_pretrained(adapter)) "
+            "loses track of the weights there. Use model = get_peft_model(model, M2PTConfig.from_pretrained(adapter)) "
             "and set_peft_model_state_dict(model, load_peft_weights(adapter))."
         )

@@ -29,14 +29,20 @@ def find_program(program: str, arguments: Sequence[str]) -> Callable[[], Any]:
     Raises:
         ValueError: If there is no such program.
     """
+    start = _find(program)
     sys.argv = [program, *arguments]
+    return start
+
+
+def _find(program: str) -> Callable[[], Any]:
     if program.endswith(".py"):
         if not Path(program).is_file():
             raise ValueError(f"{program!r} is no file.")
         sys.path[0] = str(Path(program).resolve().parent)
         return partial(runpy.run_path, program, run_name="__main__")
     if scripts := entry_points(group="console_scripts", name=program):
-        return next(iter(scripts)).load()
+        script = next(iter(scripts))
+        return lambda: sys.exit(script.load()())
     if not _is_module(program):
         raise ValueError(
             f"{program!r} is neither an installed console script, nor a module, nor a file that ends in '.py'."

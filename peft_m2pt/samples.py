@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -24,7 +25,7 @@ class SampleAdapters:
         num_images (`int`, *optional*):
             How many images each sample has. `None` if they have different numbers, or if that is not known.
         have_equal_images (`bool`):
-            Whether all samples have as many image tokens, and so images of the same size.
+            Whether all samples have equally many images with equally many tokens.
     """
 
     names: tuple[str, ...]
@@ -112,7 +113,10 @@ def describe_samples(
     if input_ids is None or image_token_id is None:
         # Nothing but one image, or sound, for each sample.
         return SampleAdapters(tuple(names), 1, False)
-    is_image = (input_ids == image_token_id).int()
-    starts = is_image.diff(dim=1, prepend=torch.zeros_like(is_image[:, :1])).clamp(min=0).sum(1).tolist()
-    tokens = is_image.sum(1).tolist()
-    return SampleAdapters(tuple(names), starts[0] if len(set(starts)) == 1 else None, len(set(tokens)) == 1)
+    runs = [
+        [len(list(run)) for is_image, run in groupby(row) if is_image]
+        for row in (input_ids == image_token_id).tolist()
+    ]
+    counts = {len(of_sample) for of_sample in runs}
+    num_images = counts.pop() if len(counts) == 1 else None
+    return SampleAdapters(tuple(names), num_images, all(of_sample == runs[0] for of_sample in runs))

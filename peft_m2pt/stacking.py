@@ -8,9 +8,11 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .base import M2PTLayer
 from .config import M2PTConfig
+from .samples import BASE
 
 
 WRAPPER_PREFIX = "base_model.model."
@@ -38,7 +40,21 @@ def with_prefix(name: str, prefix: str) -> str:
     return name if plain_name == name else prefix + plain_name
 
 
-def check_name(model: nn.Module, adapter_name: str) -> None:
+def check_name(adapter_name: str) -> None:
+    """
+    Checks that a name is one that an adapter can have.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not adapter_name or "." in adapter_name or adapter_name == BASE or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: an adapter cannot have this name. Names have no dots, are none of "
+            f"torch.nn.ModuleDict's own, such as 'keys', and {BASE!r} stands for no adapter."
+        )
+
+
+def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
     """
     Checks that an adapter gets a name of its own.
 
@@ -76,6 +92,7 @@ class RefuseLaterAdapters:
         self.checked = dict(configs)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        self.checked = {name: config for name, config in self.checked.items() if name in self.configs}
         for name, config in self.configs.items():
             if self.checked.get(name) is config:
                 continue
@@ -98,3 +115,10 @@ class RefuseLaterAdapters:
                         f"Adapter '{name}' ({config.peft_type.value}) was added after M2PT, and PEFT has passed over "
                         f"'{path}.{part}', since M2PT has adapted '{path}'. Add it to the model first, and M2PT then."
                     )
+
+
+def refuse_later_adapters(model: nn.Module, configs: dict[str, PeftConfig]) -> list[RemovableHandle]:
+    """Hangs a [`RefuseLaterAdapters`] on a model, unless there is one."""
+    if any(isinstance(hook, RefuseLaterAdapters) for hook in model._forward_pre_hooks.values()):
+        return []
+    return [model.register_forward_pre_hook(RefuseLaterAdapters(configs))]

@@ -50,7 +50,7 @@ def add_weighted_adapter(
         raise
     for _, layer in layers:
         for layer_name in layer.adapter_layer_names:
-            _fill(layer, layer_name, adapters, weights, adapter_name, combination_type)
+            _combine(layer, layer_name, adapters, weights, adapter_name, combination_type)
     tuner.set_adapter(tuner.active_adapters)
 
 
@@ -59,11 +59,11 @@ def _check(
 ) -> list[M2PTConfig]:
     if adapter_name in tuner.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r}: there is an adapter of this name already.")
-    unknown = [name for name in adapters if name not in tuner.peft_config]
+    unknown = [name for name in adapters if name not in tuner.own_configs]
     if unknown or not adapters:
         raise ValueError(
             f"adapters={list(adapters)}: {unknown or 'nothing'} is not the name of an adapter. There are "
-            f"{sorted(tuner.peft_config)}."
+            f"{sorted(tuner.own_configs)}."
         )
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type={combination_type!r} is unknown. Choose one of {COMBINATIONS}.")
@@ -108,7 +108,7 @@ def _check_layer(path: str, modules: nn.ModuleDict, adapters: Sequence[str], com
 
 
 @torch.no_grad()
-def _fill(
+def _combine(
     layer: M2PTLayer,
     layer_name: str,
     adapters: Sequence[str],

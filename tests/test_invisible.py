@@ -159,3 +159,17 @@ def test_other_models_are_not_touched():
     for attn, logits in expected.items():
         adapt(make_llava(attn=attn))(**inputs)
         assert torch.equal(make_llava(attn=attn)(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("exclude", [[], ["model.language_model.layers.0.self_attn"]])
+@torch.no_grad()
+def test_padding_on_the_left_is_nothing(exclude):
+    """Also if nobody says where the tokens stand, whichever layers have prompts."""
+    peft_model = adapt(make_llava(), exclude_modules=exclude)
+    inputs = without_labels(make_inputs("left"))
+    together = peft_model(**inputs).logits
+    by_position = peft_model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], None).logits
+    assert torch.equal(together, by_position)
+    start = int((inputs["attention_mask"][1] == 0).sum())
+    alone = peft_model(input_ids=inputs["input_ids"][1:, start:], pixel_values=inputs["pixel_values"][1:]).logits
+    torch.testing.assert_close(together[1, start:], alone[0], atol=2e-5, rtol=1e-4)

@@ -208,7 +208,9 @@ def test_prompts_do_not_vanish(values):
 
 def test_adapter_names_with_dots():
     model = make_llava()
-    with pytest.raises(ValueError, match="The adapter name 'my.adapter' has a dot"):
+    with pytest.raises(
+        ValueError, match="adapter_name='my.adapter': an adapter cannot have this name. Names have no dots"
+    ):
         get_peft_model(model, M2PTConfig(), adapter_name="my.adapter")
     assert not any(isinstance(module, M2PTLayer) for module in model.modules())
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 from models import adapt, make_llava
 
+import peft_m2pt.running
 from peft_m2pt.cli import main
 
 
@@ -58,6 +59,18 @@ def test_exit_codes(tmp_path):
     script.write_text("raise ValueError('broken')")
     result = run(str(script))
     assert result.returncode == 1 and "Traceback" in result.stderr and "ValueError: broken" in result.stderr
+
+
+@pytest.mark.parametrize("result, code", [(None, None), (2, 2), ("it failed", "it failed")])
+def test_what_console_scripts_return(monkeypatch, result, code):
+    class Script:
+        def load(self):
+            return lambda: result
+
+    monkeypatch.setattr(peft_m2pt.running, "entry_points", lambda **kwargs: [Script()])
+    with pytest.raises(SystemExit) as exit:
+        main(["run", "tool"])
+    assert exit.value.code == code
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from families import FAMILIES, checks
 from families.spec import make_inputs as make_family_inputs
 from families.spec import make_model, take_sample
 from models import NUM_PATCHES, adapt, make_config, make_inputs, make_llava, randomise, without_labels
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+
+from peft_m2pt.samples import describe_samples
 
 
 ADAPTERS = {
@@ -158,3 +160,31 @@ def test_modules_that_were_saved_with_an_adapter():
     peft_model = adapt(make_llava(), modules_to_save=["lm_head"]).eval()
     with pytest.raises(ValueError, match=r"'lm_head' was trained with an adapter \(modules_to_save\)"):
         peft_model(**make_inputs(), adapter_names=["default", "__base__"])
+
+
+def test_images_of_other_sizes():
+    """As many image tokens, but of one image and of three."""
+    image = 9
+    one, three = [image] * 6, [image, image, 1, image, image, 2, image, image]
+    samples = describe_samples(["a", "b"], torch.tensor([[*one, 1, 2], three]), image)
+    with pytest.raises(ValueError, match="not known which of the 2 samples"):
+        samples.of_images(4, "tower")
+    samples = describe_samples(["a", "b"], torch.tensor([three, three]), image)
+    assert samples.of_images(6, "tower") == ["a"] * 3 + ["b"] * 3
+
+
+def test_adapters_of_other_methods():
+    lora = get_peft_model(make_llava(), LoraConfig(target_modules=["up_proj"]), adapter_name="lora")
+    peft_model = get_peft_model(lora.get_base_model(), make_config(), adapter_name="m2pt").eval()
+    with pytest.raises(ValueError, match=r"\['lora'\] is not the name of an adapter. There are \['m2pt'\]"):
+        peft_model(**make_inputs(), adapter_names=["lora", "m2pt"])
+    with pytest.raises(ValueError, match=r"\['lora'\] is not the name of an adapter. There are \['m2pt'\]"):
+        peft_model.add_weighted_adapter(["lora", "m2pt"], adapter_name="both")
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "__base__"])
+def test_names_that_adapters_cannot_have(name):
+    model = make_llava()
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}: an adapter cannot have this name"):
+        get_peft_model(model, make_config(), adapter_name=name)
+    assert not any("m2pt" in path for path in model.state_dict())

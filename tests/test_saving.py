@@ -208,3 +208,27 @@ def test_a_loaded_config_serves_for_new_adapters(saved):
     for weight in prompts.values():
         bound = (6 / (weight.shape[0] + 1) / weight.shape[1]) ** 0.5
         assert 0.5 * bound < weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_buffers_of_the_connector(tmp_path, persistent):
+    class Scaled(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(32, 48)
+            self.register_buffer("scale", torch.full((48,), 3.0), persistent=persistent)
+            self.register_buffer("count", torch.tensor(7), persistent=persistent)
+
+        def forward(self, features):
+            return super().forward(features) * self.scale
+
+    def make():
+        model = make_llava()
+        torch.manual_seed(1)
+        model.model.multi_modal_projector.linear_1 = Scaled()
+        return model
+
+    peft_model = adapt(make())
+    inputs = make_inputs()
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
+    torch.testing.assert_close(loaded(**inputs).logits, peft_model(**inputs).logits)
