@@ -49,4 +49,4 @@ $(VENV)-lowest/installed $(VENV)-newest/installed: $(VENV)-%/installed: pyprojec
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest quickstart-output dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest quickstart-output dist .hypothesis .pytest_cache .ruff_cache
