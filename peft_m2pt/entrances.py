@@ -134,6 +134,9 @@ def count_from_first_token(model: nn.Module, layer: M2PTLayer) -> list[Removable
         return []
     for module in around:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
+        if "decoder_position_ids" in names:
+            # Positions are counted in two places, which must agree.
+            return []
         if {"position_ids", "attention_mask"} <= set(names):
             return [module.register_forward_pre_hook(CountFromFirstToken(layer, names), with_kwargs=True)]
     return []

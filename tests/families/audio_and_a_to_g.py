@@ -704,7 +704,7 @@ FAMILIES = [
         without={
             "checkpointing": reasons.FAILS,
             "exact": reasons.OTHER_KEYS,
-            "padding": reasons.UNTUNED_PADDING,
+            "padding": reasons.COUNTS_PADDING,
         },
     ),
     # the indexers (top-k choice of keys) get no gradient; with few index heads their scores tie at 0 (relu) and ties
