@@ -482,6 +482,7 @@ FAMILIES = [
         media=pixels,
         num_media_tokens=4,
         extra=paligemma_token_types,
+        without={"forcing": reasons.SEES_AHEAD},
     ),
     Family(
         "gemma3",

@@ -34,3 +34,4 @@ UNTUNED_CACHE = "generation with and without a cache differ in the untuned model
 UNTUNED_PADDING = "padding changes the untuned model too"
 OTHER_KEYS = "its layers read keys that are not of their input"
 COUNTS_PADDING = "it counts padding on the left as positions, and the prompts stand in front of these"
+SEES_AHEAD = "outside of training, its text is seen in both directions, so one pass shows tokens what comes later"

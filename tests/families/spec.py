@@ -71,7 +71,8 @@ class Family:
         refused (`dict[str, str]`):
             For "visual" and "textual" prompts that cannot be had: a part of the message.
         without (`dict[str, str]`):
-            For checks which say nothing of this family: the reason.
+            For checks which say nothing of this family: the reason. "forcing" is that part of "generation" which runs
+            one pass over all tokens.
         since (`str`):
             The version of transformers from which on all of this is so. Before, the model was another.
     """
