@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import check_implementation, find_attention_call
+from .attention import find_attention_call, find_extension
 from .config import M2PTConfig
 from .dataflow import ChildCall, Flow, find_calls, first_reader
 from .errors import UnsupportedModelError
@@ -292,7 +292,7 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
     input_ = _find_input(model, path, way_out)
     if input_ is None:
         return None
-    check_implementation(attention, path)
+    find_extension(attention, path)
     check_arguments(attention, path, way_out)
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in attention.modules()):
         raise UnsupportedModelError(

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from .anatomy import Connector, Site
-from .attention import Rows, attending, extend_attention_function, record_rows
+from .attention import attending, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
 from .positions import argument_names, prompt_arguments
+from .rows import Rows
 from .samples import SampleAdapters, sample_adapters
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from .errors import UnsupportedModelError
 
@@ -187,13 +188,13 @@ def prompt_arguments(
         elif name == "shared_kv_states":
             # Into this, modules write keys and values of the tokens, which later layers share.
             result[name] = {}
-        elif name == "attention_mask":
+        elif name == "attention_mask" and not isinstance(value, BlockMask):
             # Some modules read it even if there is nothing to hide, to select keys by themselves.
             shape = (1, num_rows) if value.dim() == 2 else (1, 1, num_rows, num_rows)
             result[name] = value.new_full(shape, value.dim() == 2 or value.dtype == torch.bool)
         elif name == "prev_topk_indices":
             result[name] = torch.arange(num_rows, device=value.device).expand(*[1] * (value.dim() - 2), num_rows, -1)
-        elif name in OF_TOKENS:
+        elif name == "attention_mask" or name in OF_TOKENS:
             if parameter.default is parameter.empty:
                 result[name] = None
         elif name == "cu_seqlens":
