@@ -16,8 +16,7 @@ from __future__ import annotations
 import dis
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,9 +274,9 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
     Raises:
         UnsupportedModelError: If no attention function was called, or with other keys than those of the prompt rows.
     """
-    with _as_current(_Recorder(module)) as recorder:
-        # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
-        module.forward(**arguments)
+    recorder = _Recorder(module)
+    # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
+    _run(recorder, module.forward, **arguments)
     if recorder.rows is None:
         raise _goes_round(module, path)
     if recorder.rows.key.shape[0] != 1 or recorder.rows.key.shape[2] != num_rows:
@@ -289,33 +288,39 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
     return recorder.rows
 
 
-@contextmanager
-def attending(module: nn.Module, path: str, rows: Rows | Sequence[Rows | None]) -> Iterator[None]:
+def attend_to_rows(
+    module: nn.Module, path: str, rows: Rows | Sequence[Rows | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """
-    While this context is open, `module` attends to `rows` too.
+    Calls an attention module, which attends to prompt rows besides its own tokens.
 
     Args:
         module (`nn.Module`):
             The attention module.
         path (`str`):
             Its module path, for error messages.
-        rows ([`Rows`] or `Sequence[Rows | None]`):
-            Key and value of its prompt rows, or those of each call that it will make.
+        rows ([`~peft_m2pt.rows.Rows`] or `Sequence[Rows | None]`):
+            Key and value of its prompt rows, or those of each image, where it treats each on its own.
+        args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
+            Its arguments.
+
+    Returns:
+        `Any`: What the module returns.
 
     Raises:
-        UnsupportedModelError: At the end, if no attention function was called.
+        UnsupportedModelError: If no attention function was called.
     """
-    with _as_current(_Attender(module, rows)) as attender:
-        yield
+    attender = _Attender(module, rows)
+    output = _run(attender, module, *args, **kwargs)
     if attender.num_calls == 0:
         raise _goes_round(module, path)
+    return output
 
 
-@contextmanager
-def _as_current(task: _Recorder | _Attender) -> Iterator[Any]:
+def _run(task: _Recorder | _Attender, function: Callable, *args: Any, **kwargs: Any) -> Any:
     before, _current.task = _current.task, task
     try:
-        yield task
+        return function(*args, **kwargs)
     finally:
         _current.task = before
 

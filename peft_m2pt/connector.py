@@ -152,6 +152,9 @@ class M2PTConnector(M2PTLayer):
             ]
 
     def _note_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            # A number in a tensor is not known then. transformers makes its own check part of the graph.
+            return
         arguments = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args)), **kwargs)
         if arguments.get("input_ids") is None or sample_adapters() is not None:
             return
