@@ -69,8 +69,8 @@ def _attend_one_query(
     """
     Attends with one query for each sample, to rows and tokens side by side.
 
-    While tokens are decoded, there is one query and a long cache. To put rows in front of that would copy all of it for
-    every token, which takes more time than to attend to it.
+    While tokens are decoded, there is one query and a long cache. To put rows in front of that would copy all of it
+    for every token, which takes more time than to attend to it.
     """
     batch_size, num_heads, _, head_dim = query.shape
     num_key_value_heads = key.shape[1]
