@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .models import DIMS
 from .run import run, say
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Measures M2PT against other methods.")
     parser.add_argument("--dims", choices=DIMS, default="medium", help="Dimensions of the model (default: medium).")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: float32. cuda: bfloat16.")
@@ -30,21 +31,23 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results", help="Folder for the results."
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.repeats < 1:
         parser.error(f"--repeats {arguments.repeats} measures nothing. Choose at least 1.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine. Choose --device cpu.")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        measured = run(arguments.dims, arguments.device, arguments.repeats, arguments.loading)
     results = {
         "dims": arguments.dims,
         "date": date.today().isoformat(),
         "dtype": "bfloat16" if arguments.device == "cuda" else "float32",
         "repeats": arguments.repeats,
         "machine": report.describe_machine(arguments.device),
-        **run(arguments.dims, arguments.device, arguments.repeats, arguments.loading),
+        **measured,
     }
     table = report.write(results, arguments.output)
     say(f"written: {table}")

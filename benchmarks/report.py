@@ -174,18 +174,16 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draws the ratios, and how the training step grows with samples and length."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained", width_ratios=[1, 1, 1])
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 5.2), layout="constrained")
     methods = results["methods"]
     _bars(left, methods, "forward", "base", "Forward / base model")
     _bars(middle, methods, "train", LORA, "Training step / LoRA")
-    colours = (GREY, BLUE, GREEN, RED)
-    for name, colour in zip(results["growth"][0]["methods"], colours):
-        points = [
-            (size["batch_size"] * size["length"], median(size["methods"][name]["train"])) for size in results["growth"]
-        ]
-        right.plot(*zip(*sorted(points)), "o-", color=colour, label=name)
+    sizes = [f"{size['batch_size']} x {size['length']}" for size in results["growth"]]
+    for name, colour in zip(results["growth"][0]["methods"], (GREY, BLUE, GREEN, RED)):
+        times = [median(size["methods"][name]["train"]) for size in results["growth"]]
+        right.plot(sizes, times, "o--", color=colour, label=name)
     right.set_title("Training step, seconds")
-    right.set_xlabel("tokens in a batch (more samples, and longer ones)")
+    right.set_xlabel("samples x length")
     right.set_ylim(bottom=0)
     right.legend(frameon=False)
     figure.savefig(path, dpi=120)
