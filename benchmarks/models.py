@@ -127,7 +127,29 @@ DIMS = {
         batch_size=2,
         num_text_tokens=8,
     ),
-    # 164 million parameters, with as many image tokens as LLaVA-1.5.
+    "tiny-qwen": QwenVL(
+        vision={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "depth": 2,
+            "num_heads": 2,
+            "out_hidden_size": 48,
+            "fullatt_block_indexes": [1],
+        },
+        text={
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]},
+        },
+        grid=4,
+        batch_size=2,
+        num_text_tokens=8,
+    ),
+    # 165 million parameters, with as many image tokens as LLaVA-1.5.
     "medium": Llava(
         vision={
             "hidden_size": 768,

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import measure
 from benchmarks.__main__ import main
 from benchmarks.methods import all_methods, base_model, growing_methods, lengthened, prompts_only
 from benchmarks.models import DIMS, make_hollow_model, make_inputs, make_model
@@ -55,6 +56,21 @@ def test_wrong_arguments(arguments, message, tmp_path, capsys, monkeypatch):
         main([*arguments, "--output", str(tmp_path / "output")])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("dims", ["tiny", "tiny-qwen"])
+def test_every_method_runs_in_half_precision(dims):
+    # As on a GPU.
+    dims = DIMS[dims]
+    base, inputs = make_model(dims, dtype=torch.bfloat16), make_inputs(dims, dtype=torch.bfloat16)
+    for method in all_methods(dims):
+        model = method.apply(base)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [parameter.detach().clone() for parameter in trained]
+        if method.trains:
+            measure.make_training_step(model, inputs)()
+        assert any(not torch.equal(old, new) for old, new in zip(before, trained)) == method.trains, method.name
+        assert measure.decoding_seconds(model, inputs, 2) > 0
 
 
 def test_lengthening_computes_the_same():
