@@ -47,6 +47,8 @@ class AnswerCollator:
             The processor.
         generation_config (`GenerationConfig`):
             Says which tokens end an answer.
+        image_token_id (`int`, *optional*):
+            The placeholder for images in the tokens.
         max_length (`int`, *optional*):
             Cuts batches for training to this length.
 
@@ -55,10 +57,15 @@ class AnswerCollator:
     """
 
     def __init__(
-        self, processor: ProcessorMixin, generation_config: GenerationConfig, max_length: int | None = None
+        self,
+        processor: ProcessorMixin,
+        generation_config: GenerationConfig,
+        image_token_id: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self.image_token_id = image_token_id
         self.max_length = max_length
         if processor.chat_template is None:
             raise ValueError(f"The {type(processor).__name__} of this model has no chat template. Set chat_template.")
@@ -173,8 +180,8 @@ class AnswerCollator:
     def cut(self, batch: BatchFeature) -> BatchFeature:
         """Cuts a batch to the greatest length."""
         shape = batch["input_ids"].shape
-        image_token = getattr(self.processor, "image_token_id", None)
-        if image_token is not None and (batch["input_ids"][:, self.max_length :] == image_token).any():
+        behind = batch["input_ids"][:, self.max_length :]
+        if self.image_token_id is not None and (behind == self.image_token_id).any():
             raise ValueError(
                 f"max_length={self.max_length} cuts an image apart, in a batch of {shape[1]} tokens, those of images "
                 f"included. Set a higher one."

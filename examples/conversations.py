@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -142,7 +143,7 @@ class ImageReader:
     """
 
     def __init__(self, folder: Path | None, bad_images: str, report: Path) -> None:
-        self.folder = folder
+        self.folder = None if folder is None else folder.absolute()
         self.bad_images = bad_images
         self.report = report
         self.reported: set[str] = set()
@@ -151,12 +152,14 @@ class ImageReader:
         """Returns what to open for an image. Raises `ValueError` for paths that lead out of the folder."""
         if isinstance(image, dict) and image["bytes"] is not None:
             return io.BytesIO(image["bytes"])
-        path = Path(image["path"] if isinstance(image, dict) else image)
+        path = image["path"] if isinstance(image, dict) else image
         if self.folder is None:
-            raise ValueError(f"sample {row.get('id')!r} has its image in the file '{path}'. Set image_folder.")
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"sample {row.get('id')!r} has the image '{path}', which is outside of {self.folder}.")
-        return self.folder / path
+            raise ValueError(f"sample {row.get('id')!r} has its image in the file {path!r}. Set image_folder.")
+        # By its text alone, so that links in the folder may lead elsewhere: those are not made by the data.
+        place = Path(os.path.normpath(self.folder / path))
+        if not place.is_relative_to(self.folder):
+            raise ValueError(f"sample {row.get('id')!r} has the image {path!r}, which is outside of {self.folder}.")
+        return place
 
     def read(self, row: dict[str, Any]) -> list[Image.Image] | None:
         """Returns the images of a row, or `None` if one of them is bad and such samples are to be skipped."""

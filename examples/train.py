@@ -143,12 +143,14 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, PromptAr
     parser = HfArgumentParser([ModelArguments, DataArguments, PromptArguments, RunArguments])
     if arguments and not arguments[0].startswith("-"):
         path, *arguments = arguments
-        options = yaml.safe_load(Path(path).read_text()) or {}
+        options = yaml.safe_load(Path(path).read_text())
+        if not isinstance(options, dict):
+            raise ValueError(f"{path} does not hold options, lines such as 'learning_rate: 7e-4'.")
         names = [action.dest for action in parser._actions]
         for name in options:
             if name not in names:
-                similar = difflib.get_close_matches(name, names, 1)
-                raise ValueError(f"{path} has an unknown option {name!r}." + f" Is it {similar[0]!r}?" * bool(similar))
+                guess = "".join(f" Is it {similar!r}?" for similar in difflib.get_close_matches(name, names, 1))
+                raise ValueError(f"{path} has an unknown option {name!r}.{guess}")
         parser.set_defaults(**options)
     return parser.parse_args_into_dataclasses(arguments)
 
@@ -242,12 +244,13 @@ def main() -> None:
     train_data, eval_data = load_data(data_arguments, run, reader)
     processor = load_processor(model_arguments, config)
     model = load_model(model_arguments, config, run)
+    image_token_id = getattr(model.config, "image_token_id", None)
     trainer = AnsweringTrainer(
         model=model,
         args=run,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=AnswerCollator(processor, model.generation_config, data_arguments.max_length),
+        data_collator=AnswerCollator(processor, model.generation_config, image_token_id, data_arguments.max_length),
         processing_class=processor,
         compute_metrics=None if eval_data is None else Scores(eval_data, processor),
         max_new_tokens=data_arguments.max_new_tokens,
