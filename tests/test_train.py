@@ -109,22 +109,22 @@ def make_processor(template=TEMPLATE):
     )
 
 
-def make_model(processor):
+def make_model(processor, width=32):
     tokenizer = processor.tokenizer
     torch.manual_seed(0)
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=48,
+                hidden_size=width,
+                intermediate_size=2 * width,
                 num_hidden_layers=3,
                 num_attention_heads=4,
                 image_size=IMAGE_SIZE,
                 patch_size=8,
             ),
             text_config=LlamaConfig(
-                hidden_size=64,
-                intermediate_size=64,
+                hidden_size=2 * width,
+                intermediate_size=2 * width,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 vocab_size=len(tokenizer),
@@ -139,8 +139,8 @@ def make_model(processor):
     )
 
 
-@pytest.fixture
-def examples(monkeypatch, tmp_path):
+def import_examples(monkeypatch, tmp_path):
+    """Returns the modules of the script, with a cache of their own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import answers
@@ -148,6 +148,11 @@ def examples(monkeypatch, tmp_path):
     import train
 
     return SimpleNamespace(answers=answers, conversations=conversations, train=train)
+
+
+@pytest.fixture
+def examples(monkeypatch, tmp_path):
+    return import_examples(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -750,37 +755,39 @@ class TestOptions:
             find()
 
 
+def run_here(examples, monkeypatch, folder, output, **options):
+    """Runs the script in this process. Returns its scores."""
+    options = {
+        "model_name_or_path": folder / "model",
+        "train_data": folder / "data/annotation.json",
+        "image_folder": folder / "data/images",
+        "eval_size": 8,
+        "output_dir": output,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_new_tokens": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    examples.train.main()
+    return json.loads((output / "eval_results.json").read_text())
+
+
 class TestInProcess:
     """What the runs above leave out."""
-
-    def run(self, examples, monkeypatch, folder, tmp_path, **options):
-        options = {
-            "model_name_or_path": folder / "model",
-            "train_data": folder / "data/annotation.json",
-            "image_folder": folder / "data/images",
-            "eval_size": 8,
-            "output_dir": tmp_path / "run",
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "max_new_tokens": 4,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **options,
-        }
-        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        examples.train.main()
-        return json.loads((tmp_path / "run/eval_results.json").read_text())
 
     def test_streaming_in_bfloat16(self, examples, monkeypatch, folder, rows, tmp_path):
         """Images alone, text alone, and both in one batch; the best checkpoint is loaded at the end."""
         turns = [{"from": "human", "value": "Say red."}, {"from": "gpt", "value": "red"}]
         source = write(tmp_path / "rows.jsonl", [*rows[:4], {"id": "text", "conversations": turns}] * 5)
-        results = self.run(
+        results = run_here(
             examples,
             monkeypatch,
             folder,
-            tmp_path,
+            tmp_path / "run",
             train_data=source,
             streaming=True,
             bf16=True,
@@ -798,7 +805,9 @@ class TestInProcess:
 
     def test_image_placement(self, examples, monkeypatch, folder, tmp_path):
         """The processor leaves room for interaction prompts, also when it is loaded again."""
-        self.run(examples, monkeypatch, folder, tmp_path, interaction_placement="image", num_interaction_tokens=3)
+        run_here(
+            examples, monkeypatch, folder, tmp_path / "run", interaction_placement="image", num_interaction_tokens=3
+        )
         model, processor = load_trained(folder, tmp_path / "run")
         inputs = processor(images=Image.new("RGB", (16, 16)), text="<image>", return_tensors="pt")
         assert inputs["input_ids"].shape == (1, 4 + 3)
