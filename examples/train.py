@@ -38,8 +38,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from peft_m2pt import M2PTConfig, adapt_processor
 
 
-def option(default: Any, text: str, **kwargs: Any) -> Any:
-    return field(default=default, metadata={"help": text, **kwargs})
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 def prompt_option(name: str) -> Any:
