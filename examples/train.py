@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -105,16 +106,16 @@ class PromptArguments:
         """Returns the configuration of the adapter."""
         values = dataclasses.asdict(self)
         for name in ("visual_layers", "textual_layers"):
-            # A list of indices, or the name of a placement.
             values[name] = as_layers(values[name])
         return M2PTConfig(**values)
 
 
-def as_layers(values: list[str] | str | None) -> list[int] | str | None:
-    values = [values] if isinstance(values, str) else values
-    if values is not None and len(values) == 1 and not str(values[0]).lstrip("-").isdigit():
-        return values[0]
-    return None if values is None else [int(value) for value in values]
+def as_layers(values: list[str] | str | None) -> list[int | str] | str | None:
+    """Makes indices, or the name of a placement, of what a command line or a file says."""
+    if values is None or isinstance(values, str):
+        return values
+    layers = [int(value) if str(value).removeprefix("-").isdigit() else value for value in values]
+    return layers[0] if len(layers) == 1 and isinstance(layers[0], str) else layers
 
 
 @dataclass
@@ -240,6 +241,7 @@ def main() -> None:
     reader = data_arguments.image_reader(Path(run.output_dir, "bad_images.jsonl"))
     if checkpoint is None and run.process_index == 0:
         reader.report.unlink(missing_ok=True)
+    set_seed(run.seed)  # for the initial prompts
     config = prompt_arguments.config()
     train_data, eval_data = load_data(data_arguments, run, reader)
     processor = load_processor(model_arguments, config)

@@ -729,12 +729,16 @@ class TestOptions:
                 "{model_name_or_path: x, train_data: x, bad_images: keep}",
                 r"bad_images='keep' is unknown. Choose one of \('error', 'skip'\)",
             ),
+            (
+                "{model_name_or_path: x, train_data: x, visual_layers: [0, some]}",
+                r"visual_layers=\[0, 'some'\] is neither a list of layer indices nor one of",
+            ),
         ],
     )
     def test_mistakes(self, examples, tmp_path, options, message):
         (tmp_path / "options.yaml").write_text(options)
         with pytest.raises(ValueError, match=message):
-            parse(examples, tmp_path / "options.yaml")
+            parse(examples, tmp_path / "options.yaml")[2].config()
 
     def test_streaming_needs_max_steps(self, examples, folder, tmp_path):
         _, data, _, run = parse(examples, *NEEDED, "--streaming", "--output_dir", tmp_path, "--use_cpu")
@@ -802,6 +806,16 @@ class TestInProcess:
         assert results["eval_num_answers"] == 8
         state = json.loads((tmp_path / "run/trainer_state.json").read_text())
         assert state["best_model_checkpoint"].endswith("checkpoint-2")
+
+    def test_equal_seeds_give_equal_adapters(self, examples, monkeypatch, folder, tmp_path):
+        adapters = []
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            torch.manual_seed(len(adapters))
+            run_here(examples, monkeypatch, folder, tmp_path / name, max_steps=1, eval_size=1, seed=seed)
+            adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+        first, second, other = adapters
+        assert all(torch.equal(second[name], weight) for name, weight in first.items())
+        assert not any(torch.equal(other[name], weight) for name, weight in first.items() if "prompt" in name)
 
     def test_image_placement(self, examples, monkeypatch, folder, tmp_path):
         """The processor leaves room for interaction prompts, also when it is loaded again."""
