@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import yaml
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, Repo
 from peft import PeftModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -162,8 +163,25 @@ def folder(tmp_path_factory):
     draw(folder / "data")
     processor = make_processor()
     processor.save_pretrained(folder / "model")
-    make_model(processor).save_pretrained(folder / "model")
+    model = make_model(processor)
+    teach_words(model, processor)
+    model.save_pretrained(folder / "model")
     return folder
+
+
+def teach_words(model, processor, steps=40):
+    """Makes a model give answers that fit the questions, but not the images."""
+    generator = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        tasks = generator.choices(list(TASKS.values()), k=8)
+        seen = [(generator.choice(list(COLOURS)), generator.choice(list(SHAPES))) for _ in tasks]
+        texts = [f"USER: {question} ASSISTANT: {answer(*what)}</s>" for (question, answer), what in zip(tasks, seen)]
+        inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def user(*parts):
@@ -638,21 +656,24 @@ class TestRuns:
         assert 0 < scores["eval_exact_match"]
         assert "eval_exact_match/colour" in stdout
 
-    def test_resumes_with_flags_and_pushes(self, folder, trained):
-        """From the middle, into another folder."""
+    def test_resumes_with_data_of_the_hub_and_pushes(self, folder, trained):
+        """From the middle, in another folder, and with flags alone."""
         output, _ = trained
         shutil.copytree(output / "adapter/checkpoint-10", output / "resumed/checkpoint-10")
         options = {
             **RECIPE,
             "model_name_or_path": folder / "model",
-            "train_data": output / "train.json",
+            "train_data": "user/conversations",
             "image_folder": output / "data/images",
             "output_dir": "resumed",
             "resume_from_checkpoint": "last",
             "push_to_hub": True,
             "hub_model_id": "user/shapes",
         }
+        lines = [json.dumps(row) for row in json.loads((output / "train.json").read_text())]
         with HubServer() as hub:
+            hub.repos["user/conversations"] = Repo(private=True)
+            hub.repos["user/conversations"].commit("main", {"train.jsonl": "\n".join(lines).encode()})
             run([part for name, value in options.items() for part in (f"--{name}", value)], output, hub)
             pushed = hub.files("user/shapes")
         expected = load_file(output / "adapter/adapter_model.safetensors")
