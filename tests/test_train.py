@@ -826,7 +826,12 @@ class TestInProcess:
         )
         assert results["eval_num_answers"] == 8
         state = json.loads((tmp_path / "run/trainer_state.json").read_text())
-        assert state["best_model_checkpoint"].endswith("checkpoint-2")
+        evaluations = [entry for entry in state["log_history"] if "eval_exact_match" in entry]
+        scores = {entry["step"]: entry["eval_exact_match"] for entry in evaluations}
+        assert scores.keys() == {2, 4}
+        best = state["best_model_checkpoint"]
+        assert best == str(tmp_path / "run" / f"checkpoint-{max(scores, key=scores.get)}")
+        assert results["eval_exact_match"] == max(scores.values())
 
     def test_equal_seeds_give_equal_adapters(self, examples, monkeypatch, folder, tmp_path):
         adapters = []
