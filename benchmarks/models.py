@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -213,6 +213,8 @@ DIMS = {
         num_text_tokens=128,
     ),
 }
+# The same at the resolution of the paper, where an image has 256 tokens.
+DIMS["medium-224"] = replace(DIMS["medium"], vision={**DIMS["medium"].vision, "image_size": 224})
 
 
 def make_model(dims: Llava | QwenVL, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
