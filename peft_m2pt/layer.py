@@ -14,6 +14,7 @@ from .anatomy import Connector, Site
 from .attention import Rows, attending, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
+from .packing import check_packing
 from .positions import argument_names, prompt_arguments
 from .samples import SampleAdapters, sample_adapters
 
@@ -92,6 +93,8 @@ class M2PTAttention(M2PTLayer):
             return self.base_layer(*args, **kwargs)
         extend_attention_function(self.base_layer, self.site.path)
         arguments = dict(zip(self._argument_names, args), **kwargs)
+        if self.site.kind == "textual":
+            check_packing(self.base_layer.config._attn_implementation, self.site.path, arguments)
         samples = sample_adapters()
         if samples is None:
             rows = self._rows([tuple(adapters)], arguments)[0]

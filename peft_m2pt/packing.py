@@ -1,0 +1,59 @@
+"""Several sequences in one row of a batch: what keeps them apart must be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .attention import IMPLEMENTATIONS
+from .errors import UnsupportedModelError
+
+
+def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> None:
+    """
+    Checks that sequences that share a row do not see each other.
+
+    Every token sees all prompts, whatever the sequence that it belongs to, so a packed sequence has the logits that it
+    has alone if nothing else mixes them. "eager" and "sdpa" know of packing only by their mask, which some models do
+    not make, such as those with several axes of positions.
+
+    Args:
+        implementation (`str`):
+            The attention implementation in use.
+        path (`str`):
+            Module path of an attention module of the language model, for the error message.
+        arguments (`dict[str, Any]`):
+            What it is called with.
+
+    Raises:
+        UnsupportedModelError: If they would, or if rows are batched continuously.
+    """
+    if arguments.get("cache") is not None:
+        raise UnsupportedModelError(
+            f"Continuous batching (`generate_batch`) keeps the keys of all requests in one cache, where '{path}' "
+            f"cannot put prompts in front of them. Use `generate`."
+        )
+    boundaries = arguments.get("cu_seq_lens_q")
+    if implementation not in IMPLEMENTATIONS or boundaries is None or len(boundaries) <= 2:
+        return
+    if _mixes(arguments.get("attention_mask"), boundaries):
+        raise UnsupportedModelError(
+            f"The batch has {len(boundaries) - 1} sequences packed into one row, but with attn_implementation="
+            f"{implementation!r} this model makes no mask for '{path}' that keeps them apart, so their tokens would "
+            f"see each other. Call it with use_cache=False, since transformers looks for packed sequences only then. "
+            f"If that is not enough, train with packing=False and padding_free=False, or with "
+            f"attn_implementation='flash_attention_2'."
+        )
+
+
+def _mixes(attention_mask: torch.Tensor | None, boundaries: torch.Tensor) -> bool:
+    """Whether the first token of the second sequence sees the last one of the first."""
+    if attention_mask is None:
+        return True
+    if torch.compiler.is_compiling():
+        # What is in a mask is not known then.
+        return False
+    start = int(boundaries[1])
+    entry = attention_mask[0, 0, start, start - 1]
+    return bool(entry) if entry.dtype == torch.bool else bool(entry == 0)
