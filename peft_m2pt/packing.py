@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
-from .attention import IMPLEMENTATIONS
 from .errors import UnsupportedModelError
+
+
+# Implementations that know of packed sequences only by their mask.
+BY_MASK = ("eager", "sdpa")
 
 
 def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> None:
@@ -15,8 +18,8 @@ def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> 
     Checks that sequences that share a row do not see each other.
 
     Every token sees all prompts, whatever the sequence that it belongs to, so a packed sequence has the logits that it
-    has alone if nothing else mixes them. "eager" and "sdpa" know of packing only by their mask, which some models do
-    not make, such as those with several axes of positions.
+    has alone if nothing else mixes them. "eager" and "sdpa" know of packing only by their mask, which some models,
+    such as those with several axes of positions, do not make for it.
 
     Args:
         implementation (`str`):
@@ -35,7 +38,7 @@ def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> 
             f"cannot put prompts in front of them. Use `generate`."
         )
     boundaries = arguments.get("cu_seq_lens_q")
-    if implementation not in IMPLEMENTATIONS or boundaries is None or len(boundaries) <= 2:
+    if implementation not in BY_MASK or boundaries is None or len(boundaries) <= 2:
         return
     if _mixes(arguments.get("attention_mask"), boundaries):
         raise UnsupportedModelError(
