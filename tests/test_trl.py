@@ -162,12 +162,12 @@ def log_probs(model, batch):
 
 
 class TestSFT:
-    def make_trainer(self, folder, dataset=None, model=None, config=None, callbacks=(), **kwargs):
+    def make_trainer(self, folder, dataset=None, model=None, config=None, processor=None, callbacks=(), **kwargs):
         return SFTTrainer(
             model or make_llava(),
             SFTConfig(**arguments(folder, **kwargs)),
             train_dataset=dataset or image_rows(),
-            processing_class=make_processor(),
+            processing_class=processor or make_processor(),
             peft_config=config or make_config(),
             callbacks=list(callbacks),
         )
@@ -223,11 +223,29 @@ class TestSFT:
 
     def test_modules_to_save(self, tmp_path):
         """TRL reads the weight of the head itself."""
-        trainer = self.make_trainer(tmp_path, config=make_config(modules_to_save=["lm_head"]))
+        names = ["embed_tokens", "lm_head"]
+        trainer = self.make_trainer(tmp_path, config=make_config(modules_to_save=names))
         before = snapshot(trainer.model)
         trainer.train()
         check_moved(trainer.model, before)
-        assert sum("lm_head.modules_to_save" in n for n, p in trainer.model.named_parameters() if p.requires_grad) == 1
+        saved = [name for name, p in trainer.model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+        assert [name.split(".modules_to_save")[0].rpartition(".")[2] for name in saved] == names
+
+    def test_new_tokens(self, tmp_path):
+        """The chat template of another model can bring tokens, of which TRL wants to train the embeddings alone."""
+        tokenizer = make_processor().tokenizer
+        tokenizer.add_tokens(["<turn>"], special_tokens=True)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(
+            AttributeError, match=r"no trainable_token_indices.*chat_template_path.*modules_to_save=\["
+        ):
+            self.make_trainer(
+                tmp_path,
+                text_rows(),
+                processor=make_processor().tokenizer,
+                chat_template_path=str(tmp_path),
+            )
 
 
 class TestPacking:
