@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from .errors import UnsupportedModelError
 
 
 # Implementations that know of packed sequences only by their mask.
-BY_MASK = ("eager", "sdpa")
+BY_MASK = ("eager", "sdpa", "flex_attention")
 
 
 def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> None:
@@ -18,8 +19,8 @@ def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> 
     Checks that sequences that share a row do not see each other.
 
     Every token sees all prompts, whatever the sequence that it belongs to, so a packed sequence has the logits that it
-    has alone if nothing else mixes them. "eager" and "sdpa" know of packing only by their mask, which some models,
-    such as those with several axes of positions, do not make for it.
+    has alone if nothing else mixes them. All but flash attention know of packing only by their mask, which some
+    models, such as those with several axes of positions, do not make for it.
 
     Args:
         implementation (`str`):
@@ -50,13 +51,16 @@ def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> 
         )
 
 
-def _mixes(attention_mask: torch.Tensor | None, boundaries: torch.Tensor) -> bool:
+def _mixes(attention_mask: torch.Tensor | BlockMask | None, boundaries: torch.Tensor) -> bool:
     """Whether the first token of the second sequence sees the last one of the first."""
     if attention_mask is None:
         return True
     if torch.compiler.is_compiling():
         # What is in a mask is not known then.
         return False
-    start = int(boundaries[1])
-    entry = attention_mask[0, 0, start, start - 1]
+    token = boundaries[1]
+    if isinstance(attention_mask, BlockMask):
+        first = torch.zeros_like(token)
+        return bool(attention_mask.mask_mod(first, first, token, token - 1))
+    entry = attention_mask[0, 0, token, token - 1]
     return bool(entry) if entry.dtype == torch.bool else bool(entry == 0)

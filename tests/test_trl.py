@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from accelerate import Accelerator
+from attention_kernels import KERNELS, stand_ins
 from datasets import Dataset
 from families import FAMILIES
 from families.checks import Tuned
@@ -248,14 +249,36 @@ class TestSFT:
             )
 
 
+QWEN = next(family for family in FAMILIES if family.name == "qwen2_5_vl")
+TWO_SEQUENCES = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9]]),
+    "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+    "cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32),
+    "cu_seq_lens_k": torch.tensor([0, 3, 5], dtype=torch.int32),
+    "max_length_q": 3,
+    "max_length_k": 3,
+}
+
+
+def refusal(attn):
+    return f"2 sequences packed.*attn_implementation='{attn}'.*'model.language_model.layers.0.self_attn'"
+
+
+@pytest.fixture
+def kernels():
+    with stand_ins():
+        yield
+
+
+@pytest.mark.usefixtures("kernels")
 class TestPacking:
     make_trainer = TestSFT.make_trainer
 
     @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
-    @pytest.mark.parametrize("attn", ["eager", "sdpa"])
+    @pytest.mark.parametrize("attn", ["eager", "sdpa", *KERNELS])
     @pytest.mark.parametrize("kwargs", [{"packing": True, "max_length": 20}, {"padding_free": True}], ids=str)
     def test_exact_for_each_sequence(self, kwargs, attn, text, tmp_path):
-        alone = adapt(make_llava(text=text, attn=attn))
+        alone = adapt(make_llava(text=text))
         kwargs = {"max_length": None, "gradient_checkpointing": False, **kwargs}
         trainer = self.make_trainer(tmp_path, text_rows(), make_llava(text=text, attn=attn), **kwargs)
         trainer.model.load_state_dict(alone.state_dict())
@@ -271,9 +294,6 @@ class TestPacking:
         scores = torch.cat([log_probs(alone, {"input_ids": row[None]})[0] for row in rows])
         loss = trainer.compute_loss(trainer.model, dict(batch))
         torch.testing.assert_close(loss.detach(), -scores.mean())
-
-        with pytest.raises(UnsupportedModelError, match=rf"{len(rows)} sequences packed.*use_cache=False"):
-            trainer.model(**inputs, use_cache=True)
 
         loss.backward()
         for row in rows:
@@ -296,30 +316,31 @@ class TestPacking:
         with pytest.raises(ValueError, match=f"{message} is .*not supported for vision datasets"):
             self.make_trainer(tmp_path, **{option: True})
 
+    @pytest.mark.parametrize("attn", ["eager", "sdpa", "flex_attention"])
+    def test_refused_with_a_cache(self, attn):
+        """transformers looks for packed sequences only if there is none."""
+        with pytest.raises(UnsupportedModelError, match=f"{refusal(attn)}.*use_cache=False"):
+            adapt(make_llava(attn=attn))(**TWO_SEQUENCES, use_cache=True)
+
     @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-    def test_models_that_mix_sequences_are_refused(self, attn):
-        """Qwen2.5-VL makes no mask out of the positions that TRL gives it."""
-        tuned = Tuned(next(family for family in FAMILIES if family.name == "qwen2_5_vl"))
-        model = tuned.tune(attn)
-        boundaries = torch.tensor([0, 3, 5], dtype=torch.int32)
-        batch = {
-            "input_ids": torch.tensor([[5, 6, 7, 8, 9]]),
-            "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
-            "cu_seq_lens_q": boundaries,
-            "cu_seq_lens_k": boundaries,
-            "max_length_q": 3,
-            "max_length_k": 3,
-        }
-        message = f"2 sequences packed.*attn_implementation='{attn}'.*'model.language_model.layers.0.self_attn'"
-        with pytest.raises(UnsupportedModelError, match=f"{message}.*packing=False.*flash_attention_2"):
-            model(**batch, use_cache=False)
+    def test_refused_without_a_mask(self, attn):
+        """Qwen2.5-VL makes none out of the positions that TRL gives it."""
+        model = Tuned(QWEN).tune(attn)
+        with pytest.raises(UnsupportedModelError, match=f"{refusal(attn)}.*packing=False.*flash_attention_2"):
+            model(**TWO_SEQUENCES, use_cache=False)
         with model.disable_adapter():
-            assert model(**batch, use_cache=False).logits.isfinite().all()
+            assert model(**TWO_SEQUENCES, use_cache=False).logits.isfinite().all()
         # One sequence is nothing to keep apart.
-        one = torch.tensor([0, 5], dtype=torch.int32)
-        alone = {**batch, "position_ids": torch.arange(5)[None], "cu_seq_lens_q": one, "cu_seq_lens_k": one}
-        expected = model(input_ids=batch["input_ids"]).logits
-        torch.testing.assert_close(model(**alone, use_cache=False).logits, expected)
+        boundaries = torch.tensor([0, 5], dtype=torch.int32)
+        one = {"position_ids": torch.arange(5)[None], "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        logits = model(**{**TWO_SEQUENCES, **one}, use_cache=False).logits
+        torch.testing.assert_close(logits, model(input_ids=TWO_SEQUENCES["input_ids"]).logits)
+
+    def test_flash_attention_needs_no_mask(self):
+        tuned = Tuned(QWEN)
+        logits = tuned.tune("flash_attention_2")(**TWO_SEQUENCES, use_cache=False).logits
+        alone = [tuned.model(tokens).logits for tokens in TWO_SEQUENCES["input_ids"].tensor_split([3], dim=1)]
+        torch.testing.assert_close(logits, torch.cat(alone, dim=1), atol=2e-5, rtol=1e-4)
 
 
 class TestDPO:
