@@ -31,13 +31,8 @@ def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> 
             What it is called with.
 
     Raises:
-        UnsupportedModelError: If they would, or if rows are batched continuously.
+        UnsupportedModelError: If they would.
     """
-    if arguments.get("cache") is not None:
-        raise UnsupportedModelError(
-            f"Continuous batching (`generate_batch`) keeps the keys of all requests in one cache, where '{path}' "
-            f"cannot put prompts in front of them. Use `generate`."
-        )
     boundaries = arguments.get("cu_seq_lens_q")
     if implementation not in BY_MASK or boundaries is None or len(boundaries) <= 2:
         return

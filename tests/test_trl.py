@@ -462,7 +462,7 @@ class TestGRPO:
             continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16),
             progress_bar=False,
         )
-        message = "Continuous batching .* 'model.layers.0.self_attn' cannot put prompts in front.*Use `generate`"
+        message = r"called with a paged cache.* Use generate\(...\) instead of continuous batching"
         assert [re.search(message, output.error) is not None for output in outputs.values()] == [True]
 
 
