@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-versions test-lowest test-newest models style lint clean
+.PHONY: quickstart benchmark test test-versions test-lowest test-newest models style lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+# Writes a table, a plot and all numbers to benchmarks/results. See benchmarks/README.md.
+benchmark: $(VENV)/installed
+	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(ARGS)

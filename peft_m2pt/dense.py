@@ -40,6 +40,9 @@ def attend_sdpa(
     attend: Callable, module: nn.Module, rows: Rows, query, key, value, attention_mask, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Attends with rows in front of key and value, with torch's `scaled_dot_product_attention`."""
+    if query.shape[2] == 1 and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias")):
+        if not kwargs.get("dropout"):
+            return _attend_one_query(rows, query, key, value, attention_mask, kwargs.get("scaling")), None
     if attention_mask is not None or query.shape[2] == 1 or not is_causal(module, kwargs):
         return attend_masked(attend, module, rows, query, key, value, attention_mask, **kwargs)
     # Keys behind the last query are those of an empty static cache; transformers cuts them off the same way.
@@ -53,6 +56,41 @@ def attend_sdpa(
     key, value = rows.put_in_front(key, value)
     output, weights = attend(module, torch.cat([dummies, query], dim=2), key, value, None, **kwargs)
     return output[:, len(rows) :], weights
+
+
+def _attend_one_query(
+    rows: Rows,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """
+    Attends with one query for each sample, to rows and tokens side by side.
+
+    While tokens are decoded, there is one query and a long cache. To put rows in front of that would copy all of it
+    for every token, which takes more time than to attend to it.
+    """
+    batch_size, num_heads, _, head_dim = query.shape
+    num_key_value_heads = key.shape[1]
+    grouped = (batch_size, num_key_value_heads, num_heads // num_key_value_heads)
+    query = query.reshape(*grouped, head_dim) * (head_dim**-0.5 if scaling is None else scaling)
+    scores_of_rows = query @ rows.key.to(query.dtype).transpose(-1, -2)
+    scores_of_tokens = query @ key.transpose(-1, -2)
+    if rows.visible is not None:
+        scores_of_rows = scores_of_rows.masked_fill(~rows.visible[:, None, None], -torch.inf)
+    if attention_mask is not None:
+        if attention_mask.shape[1] > 1:
+            attention_mask = attention_mask.reshape(-1, *grouped[1:], attention_mask.shape[-1])
+        if attention_mask.dtype == torch.bool:
+            scores_of_tokens = scores_of_tokens.masked_fill(~attention_mask, -torch.inf)
+        else:
+            scores_of_tokens = scores_of_tokens + attention_mask
+    weights = torch.cat([scores_of_rows, scores_of_tokens], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    of_rows, of_tokens = weights.split([len(rows), key.shape[2]], dim=-1)
+    output = of_rows @ rows.value.to(query.dtype) + of_tokens @ value
+    return output.reshape(batch_size, 1, num_heads, value.shape[-1])
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
