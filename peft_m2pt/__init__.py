@@ -9,6 +9,7 @@ from .connector import M2PTConnector
 from .errors import AdapterFileError, ConversionError, UnsupportedModelError
 from .layer import M2PTAttention
 from .model import M2PTModel
+from .optimizer import get_parameter_groups
 from .processing import adapt_processor
 from .register import register
 
@@ -24,6 +25,7 @@ __all__ = [
     "M2PTModel",
     "UnsupportedModelError",
     "adapt_processor",
+    "get_parameter_groups",
 ]
 
 register(M2PTConfig, M2PTModel)

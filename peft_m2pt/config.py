@@ -208,6 +208,15 @@ class M2PTConfig(PeftConfig):
         if card is not None:
             card.complete(save_directory)
 
+    @property
+    def trainable_token_indices(self) -> Any:
+        # PEFT takes this error for "none". TRL asks for the field when a chat template brings new tokens.
+        raise AttributeError(
+            "M2PT has no trainable_token_indices: it trains no embeddings of single tokens. If a chat template brings "
+            "new tokens (chat_template_path=...), give the tokenizer a template without them, or add them to "
+            "tokenizer and model first and train all embeddings with modules_to_save=['embed_tokens', 'lm_head']."
+        )
+
     def _check_interaction(self) -> None:
         if self.num_interaction_tokens is not None:
             _check_count("num_interaction_tokens", self.num_interaction_tokens)

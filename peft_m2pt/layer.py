@@ -14,6 +14,7 @@ from .anatomy import Connector, Site
 from .attention import attend_to_rows, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
+from .packing import check_packing
 from .positions import find_arguments, prompt_arguments
 from .rows import Rows
 from .samples import SampleAdapters, sample_adapters
@@ -93,6 +94,8 @@ class M2PTAttention(M2PTLayer):
             return self.base_layer(*args, **kwargs)
         extend_attention_function(self.base_layer, self.site.path)
         arguments = dict(zip((argument.name for argument in self._arguments), args), **kwargs)
+        if self.site.kind == "textual":
+            check_packing(self.base_layer.config._attn_implementation, self.site.path, arguments)
         samples = sample_adapters()
         if samples is None:
             rows = self._rows([tuple(adapters)], arguments)[0]

@@ -105,7 +105,7 @@ def test_autocast():
     assert gradients.keys() == trained_by(peft_model).keys()
 
 
-def make_trainer(peft_model, folder, **kwargs):
+def make_trainer(peft_model, folder, optimizers=(None, None), optimizer_cls_and_kwargs=None, **kwargs):
     batch = make_inputs("right")
     dataset = Dataset.from_list([{name: value[i].tolist() for name, value in batch.items()} for i in range(2)] * 4)
     arguments = {
@@ -124,6 +124,8 @@ def make_trainer(peft_model, folder, **kwargs):
         model=peft_model,
         args=TrainingArguments(output_dir=str(folder), **arguments),
         train_dataset=dataset.with_format("torch"),
+        optimizers=optimizers,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
 
 
