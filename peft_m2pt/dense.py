@@ -40,9 +40,9 @@ def attend_sdpa(
     attend: Callable, module: nn.Module, rows: Rows, query, key, value, attention_mask, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Attends with rows in front of key and value, with torch's `scaled_dot_product_attention`."""
-    if query.shape[2] == 1 and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias")):
-        if not kwargs.get("dropout"):
-            return _attend_one_query(rows, query, key, value, attention_mask, kwargs.get("scaling")), None
+    is_plain = not kwargs.get("dropout") and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
+    if query.shape[2] == 1 and is_plain:
+        return _attend_one_query(rows, query, key, value, attention_mask, kwargs.get("scaling")), None
     if attention_mask is not None or query.shape[2] == 1 or not is_causal(module, kwargs):
         return attend_masked(attend, module, rows, query, key, value, attention_mask, **kwargs)
     # Keys behind the last query are those of an empty static cache; transformers cuts them off the same way.
@@ -73,11 +73,10 @@ def _attend_one_query(
     for every token, which takes more time than to attend to it.
     """
     batch_size, num_heads, _, head_dim = query.shape
-    num_key_value_heads = key.shape[1]
-    grouped = (batch_size, num_key_value_heads, num_heads // num_key_value_heads)
+    grouped = (batch_size, key.shape[1], num_heads // key.shape[1])
     query = query.reshape(*grouped, head_dim) * (head_dim**-0.5 if scaling is None else scaling)
-    scores_of_rows = query @ rows.key.to(query.dtype).transpose(-1, -2)
-    scores_of_tokens = query @ key.transpose(-1, -2)
+    scores_of_rows = query @ rows.key.to(query.dtype).mT
+    scores_of_tokens = query @ key.mT
     if rows.visible is not None:
         scores_of_rows = scores_of_rows.masked_fill(~rows.visible[:, None, None], -torch.inf)
     if attention_mask is not None:
@@ -88,9 +87,8 @@ def _attend_one_query(
         else:
             scores_of_tokens = scores_of_tokens + attention_mask
     weights = torch.cat([scores_of_rows, scores_of_tokens], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
-    of_rows, of_tokens = weights.split([len(rows), key.shape[2]], dim=-1)
-    output = of_rows @ rows.value.to(query.dtype) + of_tokens @ value
-    return output.reshape(batch_size, 1, num_heads, value.shape[-1])
+    output = weights[..., : len(rows)] @ rows.value.to(query.dtype) + weights[..., len(rows) :] @ value
+    return output.reshape(batch_size, 1, num_heads, -1)
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -95,7 +95,7 @@ class M2PTAttention(M2PTLayer):
         extend_attention_function(self.base_layer, self.site.path)
         arguments = dict(zip((argument.name for argument in self._arguments), args), **kwargs)
         if self.site.kind == "textual":
-            check_packing(self.base_layer.config._attn_implementation, self.site.path, arguments)
+            check_packing(self.base_layer, self.site.path, arguments)
         samples = sample_adapters()
         if samples is None:
             rows = self._rows([tuple(adapters)], arguments)[0]

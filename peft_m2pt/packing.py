@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from .errors import UnsupportedModelError
@@ -14,7 +15,7 @@ from .errors import UnsupportedModelError
 BY_MASK = ("eager", "sdpa", "flex_attention")
 
 
-def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> None:
+def check_packing(attention: nn.Module, path: str, arguments: dict[str, Any]) -> None:
     """
     Checks that sequences that share a row do not see each other.
 
@@ -23,10 +24,10 @@ def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> 
     models, such as those with several axes of positions, do not make for it.
 
     Args:
-        implementation (`str`):
-            The attention implementation in use.
+        attention (`nn.Module`):
+            An attention module of the language model.
         path (`str`):
-            Module path of an attention module of the language model, for the error message.
+            Its module path, for the error message.
         arguments (`dict[str, Any]`):
             What it is called with.
 
@@ -34,9 +35,10 @@ def check_packing(implementation: str, path: str, arguments: dict[str, Any]) -> 
         UnsupportedModelError: If they would.
     """
     boundaries = arguments.get("cu_seq_lens_q")
-    if implementation not in BY_MASK or boundaries is None or len(boundaries) <= 2:
+    if boundaries is None or len(boundaries) <= 2:
         return
-    if _mixes(arguments.get("attention_mask"), boundaries):
+    implementation = attention.config._attn_implementation
+    if implementation in BY_MASK and _mixes(arguments.get("attention_mask"), boundaries):
         raise UnsupportedModelError(
             f"The batch has {len(boundaries) - 1} sequences packed into one row, but with attn_implementation="
             f"{implementation!r} this model makes no mask for '{path}' that keeps them apart, so their tokens would "
