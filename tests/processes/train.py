@@ -1,0 +1,90 @@
+"""
+A training run that tests/test_processes.py starts in several processes, and in its own for comparison.
+
+Every step has a batch of four samples in all. The first process gets the first half of it, the second the other one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from models import adapt, make_inputs, randomise, without_labels
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+
+# Which samples of each step have an image.
+IMAGES = ["ii ii", "ii --", "-- ii", "-i --", "i- -i", "-- --"]
+SAVED_STEP = 3
+
+
+def make_samples() -> list[dict[str, torch.Tensor]]:
+    samples = []
+    for i, kind in enumerate("".join(IMAGES).replace(" ", "")):
+        batch = make_inputs("right", images=kind == "i", seed=i)
+        samples.append({name: value[i % 2] for name, value in batch.items()})
+    return samples
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch, without `pixel_values` if no sample of it has an image."""
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    return {name: torch.stack([sample[name] for sample in samples if name in sample]) for name in names}
+
+
+def make_trainer(base: Path, folder: Path, seed: int, **kwargs) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=len(IMAGES),
+        learning_rate=0.05,
+        train_sampling_strategy="sequential",
+        ddp_find_unused_parameters=False,
+        save_strategy="steps",
+        save_steps=SAVED_STEP,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        ddp_backend="gloo",
+        # accelerate uses DeepSpeed on CPUs only if it was not asked for CPUs ...
+        use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,
+        **kwargs,
+    )
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        # ... and FSDP, which runs on CPUs too, only if it takes them for GPUs.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    arguments.per_device_train_batch_size = 4 // arguments.world_size
+    # Created after the arguments, which tell transformers how weights are to be kept.
+    peft_model = adapt(LlavaForConditionalGeneration.from_pretrained(base))
+    randomise(peft_model, seed)
+    return Trainer(model=peft_model, args=arguments, train_dataset=make_samples(), data_collator=collate)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(**without_labels(make_inputs("left"))).logits
+
+
+def main(base: Path, folder: Path) -> None:
+    trainer = make_trainer(base, folder / "run", seed=2)
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    results = {"losses": losses(trainer), "logits": logits(trainer.model_wrapped).tolist()}
+    # Other prompts, which those of the checkpoint replace.
+    resumed = make_trainer(base, folder / "run", seed=9, gradient_checkpointing=True)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{SAVED_STEP}"))
+    results["resumed losses"] = losses(resumed)
+    if trainer.is_world_process_zero():
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*map(Path, sys.argv[1:]))
