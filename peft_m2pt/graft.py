@@ -14,12 +14,14 @@ from collections.abc import Iterator
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 
 def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     """
-    Copies all weights of a module, but not those of other adapters in it. What is offloaded is fetched for it.
+    Copies all weights of a module, but not those of other adapters in it. What is offloaded or partitioned is fetched
+    for it.
 
     Args:
         module (`nn.Module`):
@@ -32,7 +34,7 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     for path, child in own_modules(module):
         if not any(True for _ in child.parameters(recurse=False)):
             continue
-        with align_module_device(child):
+        with align_module_device(child), gather_params_ctx(child.parameters(recurse=False), modifier_rank=None):
             part = _bare_copy(child)
             part._modules = {}
             parts[path] = part = copy.deepcopy(part)
@@ -105,6 +107,8 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
         twin.__dict__.pop(name, None)
+    # Hooks that the module gets later, as from DeepSpeed, are about that module.
+    twin.__dict__.update({name: copy.copy(hooks) for name, hooks in vars(twin).items() if "_hooks" in name})
     return twin
 
 

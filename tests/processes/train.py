@@ -15,6 +15,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from models import adapt, make_inputs, randomise, without_labels
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 # Which samples of each step have an image.
@@ -32,11 +33,17 @@ def make_samples() -> list[dict[str, torch.Tensor]]:
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch, without `pixel_values` if no sample of it has an image."""
+    if is_deepspeed_zero3_enabled() and not any("pixel_values" in sample for sample in samples):
+        # All processes have to call the vision encoder: a sample with an image, of which nothing is learned.
+        sample = {name: value[0] for name, value in make_inputs().items()}
+        samples = [*samples, {**sample, "labels": torch.full_like(sample["labels"], -100)}]
     names = dict.fromkeys(name for sample in samples for name in sample)
     return {name: torch.stack([sample[name] for sample in samples if name in sample]) for name in names}
 
 
 def make_trainer(base: Path, folder: Path, seed: int, **kwargs) -> Trainer:
+    # accelerate starts DeepSpeed on CPUs only if it was not asked for CPUs ...
+    uses_deepspeed = "ACCELERATE_USE_DEEPSPEED" in os.environ
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=len(IMAGES),
@@ -48,13 +55,12 @@ def make_trainer(base: Path, folder: Path, seed: int, **kwargs) -> Trainer:
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        ddp_backend="gloo",
-        # accelerate uses DeepSpeed on CPUs only if it was not asked for CPUs ...
-        use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,
+        use_cpu=not uses_deepspeed,
+        ddp_backend="gloo" if uses_deepspeed else None,
         **kwargs,
     )
     if "ACCELERATE_USE_FSDP" in os.environ:
-        # ... and FSDP, which runs on CPUs too, only if it takes them for GPUs.
+        # ... and FSDP, which can use them too, only if it takes them for GPUs.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     arguments.per_device_train_batch_size = 4 // arguments.world_size
     # Created after the arguments, which tell transformers how weights are to be kept.
@@ -69,7 +75,8 @@ def losses(trainer: Trainer) -> list[float]:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model.eval()(**without_labels(make_inputs("left"))).logits
+    model.eval()
+    return model(**without_labels(make_inputs("left"))).logits
 
 
 def main(base: Path, folder: Path) -> None:
