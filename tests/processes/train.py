@@ -63,6 +63,9 @@ def make_trainer(base: Path, folder: Path, seed: int, **kwargs) -> Trainer:
         # ... and FSDP, which can use them too, only if it takes them for GPUs.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     arguments.per_device_train_batch_size = 4 // arguments.world_size
+    if is_deepspeed_zero3_enabled():
+        # By default, weights as small as these are not partitioned.
+        arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     # Created after the arguments, which tell transformers how weights are to be kept.
     peft_model = adapt(LlavaForConditionalGeneration.from_pretrained(base))
     randomise(peft_model, seed)
