@@ -68,7 +68,9 @@ def shape_of(module: nn.Module) -> nn.Module:
 def _shape_of_tensor(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
-    return torch.empty(tensor.shape, dtype=None if tensor.is_floating_point() else tensor.dtype, device="meta")
+    # DeepSpeed leaves nothing in a weight that it has partitioned.
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    return torch.empty(shape, dtype=None if tensor.is_floating_point() else tensor.dtype, device="meta")
 
 
 def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -100,7 +100,9 @@ class TestWithoutImages:
         peft_model.add_adapter("other", make_config())
         randomise(peft_model, seed=3)
         with two_processes():
-            assert gradients(peft_model, TEXT).keys() == {name for name in trained_by(peft_model) if ".default" in name}
+            assert gradients(peft_model, TEXT).keys() == {
+                name for name in trained_by(peft_model) if ".default" in name
+            }
             with peft_model.disable_adapter():
                 assert not peft_model(**TEXT).logits.requires_grad
 

@@ -35,7 +35,7 @@ class Expected(NamedTuple):
 def train_alone(folder: Path) -> Expected:
     base = folder / "base"
     make_llava().save_pretrained(base)
-    trainer = make_trainer(base, folder / "run", seed=2)
+    trainer = make_trainer(base, folder / "run")
     trainer.train()
     return Expected(base, losses(trainer), folder)
 

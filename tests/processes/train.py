@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
-from models import adapt, make_inputs, randomise, without_labels
+from models import adapt, make_inputs, without_labels
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -41,7 +43,7 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([sample[name] for sample in samples if name in sample]) for name in names}
 
 
-def make_trainer(base: Path, folder: Path, seed: int, **kwargs) -> Trainer:
+def make_trainer(base: Path, folder: Path, adapter: Path | None = None, **kwargs) -> Trainer:
     # accelerate starts DeepSpeed on CPUs only if it was not asked for CPUs ...
     uses_deepspeed = "ACCELERATE_USE_DEEPSPEED" in os.environ
     arguments = TrainingArguments(
@@ -67,8 +69,11 @@ def make_trainer(base: Path, folder: Path, seed: int, **kwargs) -> Trainer:
         # By default, weights as small as these are not partitioned.
         arguments.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     # Created after the arguments, which tell transformers how weights are to be kept.
-    peft_model = adapt(LlavaForConditionalGeneration.from_pretrained(base))
-    randomise(peft_model, seed)
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    if adapter is None:
+        peft_model = adapt(model, init_prompts="vocabulary")
+    else:
+        peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     return Trainer(model=peft_model, args=arguments, train_dataset=make_samples(), data_collator=collate)
 
 
@@ -83,12 +88,17 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def main(base: Path, folder: Path) -> None:
-    trainer = make_trainer(base, folder / "run", seed=2)
+    trainer = make_trainer(base, folder / "run")
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     results = {"losses": losses(trainer), "logits": logits(trainer.model_wrapped).tolist()}
-    # Other prompts, which those of the checkpoint replace.
-    resumed = make_trainer(base, folder / "run", seed=9, gradient_checkpointing=True)
+    trainer.accelerator.wait_for_everyone()
+
+    resumed = make_trainer(base, folder / "run", folder / "adapter", gradient_checkpointing=True)
+    for name, weight in load_file(folder / "adapter" / "adapter_model.safetensors").items():
+        module, _, weight_name = name.rpartition(".")
+        assert torch.equal(resumed.model.get_parameter(f"{module}.default.{weight_name}"), weight), name
+    # The weights of the checkpoint replace those.
     resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{SAVED_STEP}"))
     results["resumed losses"] = losses(resumed)
     if trainer.is_world_process_zero():
