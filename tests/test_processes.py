@@ -23,6 +23,9 @@ def expected(tmp_path_factory):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes(engine, expected, tmp_path):
     check(engine, expected, tmp_path)
+    if engine == "fsdp2":
+        weights = (tmp_path / folder / "adapter_model.safetensors" for folder in ("adapter", "trained"))
+        assert len({path.read_bytes() for path in weights}) == 1
 
 
 @contextmanager

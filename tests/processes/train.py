@@ -16,6 +16,7 @@ from accelerate import DistributedType, PartialState
 from models import adapt, make_inputs, without_labels
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -87,11 +88,21 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(**without_labels(make_inputs("left"))).logits
 
 
+def save_trained(model: torch.nn.Module, folder: Path, is_first: bool) -> None:
+    """Saves what was trained of a model that FSDP2 has spread over processes, as docs/scale.md says."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = get_model_state_dict(model, options=options)
+    if is_first:
+        model.save_pretrained(folder, state_dict=weights)
+
+
 def main(base: Path, folder: Path) -> None:
     trainer = make_trainer(base, folder / "run")
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     results = {"losses": losses(trainer), "logits": logits(trainer.model_wrapped).tolist()}
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        save_trained(trainer.model, folder / "trained", trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()
 
     resumed = make_trainer(base, folder / "run", folder / "adapter", gradient_checkpointing=True)
