@@ -28,7 +28,7 @@ test-lowest: $(VENV)-lowest/installed
 test-newest: $(VENV)-newest/installed
 	$(VENV)-newest/bin/python -m pytest $(ARGS)
 
-# DeepSpeed is built against the torch that is there, and compiles a part of itself when it first runs (needs g++).
+# DeepSpeed is built against the torch that is there, with what it needs on CPUs (takes g++ and some minutes).
 test-deepspeed: $(VENV)-deepspeed/installed
 	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" \
 		$(VENV)-deepspeed/bin/python -m pytest tests/processes/check_deepspeed.py $(ARGS)
@@ -59,7 +59,8 @@ $(VENV)-deepspeed/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-deepspeed
 	$(VENV)-deepspeed/bin/python -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77,<82" wheel
 	$(VENV)-deepspeed/bin/python -m pip install --quiet --constraint constraints.txt --group test --editable .
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation \
+	DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" \
+		$(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation --no-cache-dir \
 		--constraint constraints.txt --group deepspeed
 	touch $@
 

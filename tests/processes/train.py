@@ -114,6 +114,7 @@ def main(base: Path, folder: Path) -> None:
     results["resumed losses"] = losses(resumed)
     if trainer.is_world_process_zero():
         (folder / "results.json").write_text(json.dumps(results))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
