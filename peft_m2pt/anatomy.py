@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import check_implementation, find_attention_call
+from .attention import find_attention_call, find_extension
 from .config import M2PTConfig
 from .dataflow import ChildCall, Flow, find_calls, first_reader
 from .errors import UnsupportedModelError
-from .positions import Rotary, argument_names, check_arguments, find_rotary
+from .positions import Rotary, check_arguments, find_rotary, takes
 from .towers import FIELDS, TOWERS, Kind, find_tower
 
 
@@ -88,6 +88,8 @@ class Connector:
             Width of a row of its input.
         rows_per_token (`int`, *optional*):
             How many rows become one image token. `None` if there is no such number.
+        argument_names (`tuple[str, ...]`):
+            Names of the arguments of its `forward`. The first are the image features.
     """
 
     path: str
@@ -95,6 +97,7 @@ class Connector:
     name: str
     width: int
     rows_per_token: int | None
+    argument_names: tuple[str, ...]
 
     kind: ClassVar[str] = "interaction"
 
@@ -102,13 +105,6 @@ class Connector:
     def module(self) -> nn.Module:
         """The connector, or what has taken its place."""
         return getattr(self.parent, self.name)
-
-    @property
-    def argument_names(self) -> list[str]:
-        """Names of the arguments of its `forward`. The first are the image features."""
-        module = self.module
-        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        return list(inspect.signature(type(module).forward).parameters)[1:]
 
     def grouped(self, rows: torch.Tensor) -> torch.Tensor:
         """Arranges rows as a batch of one image token each, `(num_tokens, rows_per_token, width)`."""
@@ -292,7 +288,7 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
     input_ = _find_input(model, path, way_out)
     if input_ is None:
         return None
-    check_implementation(attention, path)
+    find_extension(attention, path)
     check_arguments(attention, path, way_out)
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in attention.modules()):
         raise UnsupportedModelError(
@@ -306,7 +302,7 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
         )
     block, norms = input_
     rotary = find_rotary(model, path, attention, layer) if kind == "textual" else None
-    if kind == "textual" and rotary is None and "position_embeddings" in argument_names(attention):
+    if kind == "textual" and rotary is None and takes(attention, "position_embeddings"):
         raise UnsupportedModelError(
             f"The attention '{path}' takes position embeddings, but no module around it has a `rotary_emb` to compute "
             f"them. {way_out}"

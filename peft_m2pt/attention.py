@@ -15,21 +15,31 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
+from .dense import attend_eager, attend_sdpa
 from .errors import UnsupportedModelError
+from .flash import attend_flash
+from .flex import attend_flex
+from .rows import Rows
 
 
-IMPLEMENTATIONS = ("eager", "sdpa")
+# How prompt rows get into each implementation.
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "eager": attend_eager,
+    "sdpa": attend_sdpa,
+    "flash_attention_2": attend_flash,
+    "flash_attention_3": attend_flash,
+    "flash_attention_4": attend_flash,
+    "flex_attention": attend_flex,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,6 @@ class AttentionCall:
     eager: Callable | None
 
 
-@cache
 def find_attention_call(module_class: type) -> AttentionCall | None:
     """
     Finds out, from the code of its methods, how a class of modules reaches its attention function.
@@ -60,6 +69,16 @@ def find_attention_call(module_class: type) -> AttentionCall | None:
     Returns:
         [`AttentionCall`], or `None` if no method of the class uses an `AttentionInterface`.
     """
+    if module_class not in _attention_calls:
+        _attention_calls[module_class] = _read_attention_call(module_class)
+    return _attention_calls[module_class]
+
+
+# A dictionary, since torch.compile would read the code anew behind `functools.cache`.
+_attention_calls: dict[type, AttentionCall | None] = {}
+
+
+def _read_attention_call(module_class: type) -> AttentionCall | None:
     for name in dir(module_class):
         function = inspect.unwrap(getattr(module_class, name, None))
         if not inspect.isfunction(function):
@@ -91,45 +110,6 @@ def _takes_module(value: Any) -> bool:
     return inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), None) == "module"
 
 
-@dataclass
-class Rows:
-    """
-    Key and value of the prompt rows of one attention module.
-
-    Args:
-        key (`torch.Tensor` of shape `(1 or batch_size, num_key_value_heads, num_rows, head_dim)`):
-            Keys, normed and rotated as the module does it.
-        value (`torch.Tensor` of shape `(1 or batch_size, num_key_value_heads, num_rows, value_head_dim)`):
-            Values.
-        visible (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
-            Which rows each sample sees. `None` if it sees all.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    visible: torch.Tensor | None = None
-
-    @staticmethod
-    def of_batch(rows: Sequence[Rows | None]) -> Rows | None:
-        """Puts the rows of each sample side by side, as a batch. `None` stands for no rows."""
-        some = next((row for row in rows if row is not None), None)
-        if some is None:
-            return None
-        counts = [0 if row is None else row.key.shape[2] for row in rows]
-        positions = torch.arange(max(counts), device=some.key.device)
-        visible = positions < torch.tensor(counts, device=some.key.device)[:, None]
-        key, value = (
-            torch.cat([_padded(None if row is None else getattr(row, name), part, max(counts)) for row in rows])
-            for name, part in (("key", some.key), ("value", some.value))
-        )
-        return Rows(key, value, None if min(counts) == max(counts) else visible)
-
-
-def _padded(rows: torch.Tensor | None, like: torch.Tensor, num_rows: int) -> torch.Tensor:
-    rows = like[:, :, :0] if rows is None else rows
-    return nn.functional.pad(rows, (0, 0, 0, num_rows - rows.shape[2]))
-
-
 class _Recorder:
     """Takes the key and value that a module hands to its attention function."""
 
@@ -137,7 +117,7 @@ class _Recorder:
         self.module = module
         self.rows: Rows | None = None
 
-    def __call__(self, attend: Callable, implementation: str, query, key, value, attention_mask, **kwargs):
+    def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
         self.rows = Rows(key, value)
         # Nobody reads the output of this pass; it only has the shape that the module goes on with.
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
@@ -147,7 +127,7 @@ class _Attender:
     """
     Puts recorded rows in front of the key and value that a module hands to its attention function.
 
-    A module that calls it once for each image can be given the rows of each call.
+    A module that treats each image on its own can be given the rows of each image.
     """
 
     def __init__(self, module: nn.Module, rows: Rows | Sequence[Rows | None]) -> None:
@@ -155,83 +135,28 @@ class _Attender:
         self.rows = rows
         self.num_calls = 0
 
-    def __call__(self, attend: Callable, implementation: str, query, key, value, attention_mask, **kwargs):
-        rows = self.rows if isinstance(self.rows, Rows) else self.rows[self.num_calls]
+    def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
+        rows = self.rows
+        if not isinstance(rows, Rows) and kwargs.get("cu_seq_lens_k") is None:
+            rows = rows[self.num_calls]
         self.num_calls += 1
         if rows is None:
             return attend(self.module, query, key, value, attention_mask, **kwargs)
-        num_rows = rows.key.shape[2]
-        is_causal = query.shape[2] > 1 and attention_mask is None and _is_causal(self.module, kwargs)
-        num_dummies = 0
-        if is_causal and implementation == "sdpa":
-            # Keys behind the last query are those of an empty static cache; transformers cuts them off the same way.
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            if rows.visible is None:
-                # Causal without a mask: torch lines up the first query with the first key. As many dummy queries as
-                # rows make that right again, and keep the fast kernels, which take no mask.
-                num_dummies = num_rows
-                dummies = query.new_zeros(query.shape[0], query.shape[1], num_dummies, query.shape[3])
-                query = torch.cat([dummies, query], dim=2)
-        if attention_mask is None and rows.visible is not None:
-            attention_mask = _make_mask(query, key, is_causal and implementation == "sdpa")
-        if attention_mask is not None:
-            attention_mask = widen_mask(attention_mask, num_rows, key.shape[2], rows.visible)
-        key = _put_in_front(rows.key, key)
-        value = _put_in_front(rows.value, value)
-        output, weights = attend(self.module, query, key, value, attention_mask, **kwargs)
-        # Some modules arrange the weights by their tokens, which know nothing of prompts.
-        return output[:, num_dummies:], None if weights is None else weights[..., num_rows:]
+        return extension(attend, self.module, rows, query, key, value, attention_mask, **kwargs)
 
 
-def _make_mask(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> torch.Tensor:
-    """What attention without a mask sees, as a mask of shape `(1, 1, query_length, key_length)`."""
-    mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-    return mask.masked_fill(mask.bool().logical_not().triu(1), torch.finfo(mask.dtype).min) if is_causal else mask
-
-
-def widen_mask(
-    attention_mask: torch.Tensor, num_rows: int, key_length: int, visible: torch.Tensor | None = None
-) -> torch.Tensor:
+class _Current(threading.local):
     """
-    Adds columns on the left of an attention mask, at which queries see the prompt rows.
+    What the attention function does for the module that is being called.
 
-    Args:
-        attention_mask (`torch.Tensor` of shape `(..., query_length, key_length)`):
-            A boolean mask (`True`: visible) or one that is added to the scores. The last dimension may be 1 for all
-            keys.
-        num_rows (`int`):
-            Number of prompt rows.
-        key_length (`int`):
-            Number of keys behind the prompt rows.
-        visible (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
-            Which rows each sample sees. `None` if it sees all.
-
-    Returns:
-        `torch.Tensor` of shape `(..., query_length, num_rows + key_length)`.
+    Per thread, since several threads may call one model at once; not a keyword argument, since many modules do not
+    hand those on to their attention function; not a `ContextVar`, which torch.compile cannot follow.
     """
-    if attention_mask.shape[-1] == 1:
-        attention_mask = attention_mask.expand(*attention_mask.shape[:-1], key_length)
-    is_boolean = attention_mask.dtype == torch.bool
-    columns = attention_mask.new_full((*attention_mask.shape[:-1], num_rows), is_boolean)
-    if visible is not None:
-        hidden = False if is_boolean else torch.finfo(attention_mask.dtype).min
-        columns = torch.where(visible[:, None, None], columns, hidden)
-        attention_mask = attention_mask.expand(*columns.shape[:-1], -1)
-    return torch.cat([columns, attention_mask], dim=-1)
+
+    task: _Recorder | _Attender | None = None
 
 
-def _put_in_front(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.cat([rows.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)
-
-
-def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    is_causal = kwargs.get("is_causal")
-    return getattr(module, "is_causal", True) if is_causal is None else is_causal
-
-
-# What the attention function does for the module that is being called. Per thread, since several threads may call one
-# model at once; not a keyword argument, since many modules do not hand those on to their attention function.
-_current: ContextVar[_Recorder | _Attender | None] = ContextVar("m2pt_attention", default=None)
+_current = _Current()
 
 
 class PromptAttention:
@@ -239,22 +164,27 @@ class PromptAttention:
     The function of an attention implementation, extended to see prompt rows.
 
     Args:
-        implementation (`str`):
-            Its name in the `AttentionInterface`.
+        extension (`Callable`):
+            One of `IMPLEMENTATIONS`, which calls the function with the rows.
         attend (`Callable`, *optional*):
             The function to extend. `None` for "eager", which is another function for every model.
     """
 
-    def __init__(self, implementation: str, attend: Callable | None) -> None:
-        self.implementation = implementation
+    def __init__(self, extension: Callable, attend: Callable | None) -> None:
+        self.extension = extension
         self.attend = attend
 
     def __call__(self, module: nn.Module, query, key, value, attention_mask=None, **kwargs):
         attend = self.attend or _own_eager_attention(type(module))
-        current = _current.get()
-        if current is None or current.module is not module:
+        task = _current.task
+        if task is None or task.module is not module:
             return attend(module, query, key, value, attention_mask, **kwargs)
-        return current(attend, self.implementation, query, key, value, attention_mask, **kwargs)
+        if kwargs.get("cache") is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} was called with a paged cache, which keeps keys and values by itself, out "
+                f"of reach of prompts. Use generate(...) instead of continuous batching."
+            )
+        return task(self.extension, attend, query, key, value, attention_mask, **kwargs)
 
 
 def _own_eager_attention(module_class: type) -> Callable:
@@ -267,9 +197,9 @@ def _own_eager_attention(module_class: type) -> Callable:
     return call.eager
 
 
-def check_implementation(module: nn.Module, path: str) -> None:
+def find_extension(module: nn.Module, path: str) -> Callable:
     """
-    Checks that M2PT knows the attention implementation that a module uses.
+    Finds out how prompt rows get into the attention implementation that a module uses.
 
     Args:
         module (`nn.Module`):
@@ -277,15 +207,25 @@ def check_implementation(module: nn.Module, path: str) -> None:
         path (`str`):
             Its module path, for the error message.
 
+    Returns:
+        `Callable`: One of `IMPLEMENTATIONS`.
+
     Raises:
-        UnsupportedModelError: If it does not.
+        UnsupportedModelError: If M2PT does not know the implementation.
     """
     implementation = module.config._attn_implementation
+    attend = find_attention_call(type(module)).interface.get(implementation)
+    if isinstance(attend, PromptAttention):
+        return attend.extension
+    if attend is flash_attention_forward:
+        # Also under the names of kernels from the Hub.
+        return attend_flash
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedModelError(
             f"The attention '{path}' uses attn_implementation={implementation!r}, which M2PT does not support. Choose "
-            f"one of {IMPLEMENTATIONS} with model.set_attn_implementation(...), or when loading the model."
+            f"one of {tuple(IMPLEMENTATIONS)} with model.set_attn_implementation(...), or when loading the model."
         )
+    return IMPLEMENTATIONS[implementation]
 
 
 def extend_attention_function(module: nn.Module, path: str) -> None:
@@ -307,11 +247,11 @@ def extend_attention_function(module: nn.Module, path: str) -> None:
     attend = interface.get(implementation)
     if isinstance(attend, PromptAttention):
         return
-    check_implementation(module, path)
+    extended = PromptAttention(find_extension(module, path), attend)
     if implementation in interface._local_mapping:
-        interface[implementation] = PromptAttention(implementation, attend)
+        interface[implementation] = extended
     else:
-        interface.register(implementation, PromptAttention(implementation, attend))
+        interface.register(implementation, extended)
 
 
 def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_rows: int) -> Rows:
@@ -334,9 +274,9 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
     Raises:
         UnsupportedModelError: If no attention function was called, or with other keys than those of the prompt rows.
     """
-    with _as_current(_Recorder(module)) as recorder:
-        # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
-        module.forward(**arguments)
+    recorder = _Recorder(module)
+    # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
+    _run(recorder, module.forward, **arguments)
     if recorder.rows is None:
         raise _goes_round(module, path)
     if recorder.rows.key.shape[0] != 1 or recorder.rows.key.shape[2] != num_rows:
@@ -348,35 +288,41 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
     return recorder.rows
 
 
-@contextmanager
-def attending(module: nn.Module, path: str, rows: Rows | Sequence[Rows | None]) -> Iterator[None]:
+def attend_to_rows(
+    module: nn.Module, path: str, rows: Rows | Sequence[Rows | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """
-    While this context is open, `module` attends to `rows` too.
+    Calls an attention module, which attends to prompt rows besides its own tokens.
 
     Args:
         module (`nn.Module`):
             The attention module.
         path (`str`):
             Its module path, for error messages.
-        rows ([`Rows`] or `Sequence[Rows | None]`):
-            Key and value of its prompt rows, or those of each call that it will make.
+        rows ([`~peft_m2pt.rows.Rows`] or `Sequence[Rows | None]`):
+            Key and value of its prompt rows, or those of each image, where it treats each on its own.
+        args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
+            Its arguments.
+
+    Returns:
+        `Any`: What the module returns.
 
     Raises:
-        UnsupportedModelError: At the end, if no attention function was called.
+        UnsupportedModelError: If no attention function was called.
     """
-    with _as_current(_Attender(module, rows)) as attender:
-        yield
+    attender = _Attender(module, rows)
+    output = _run(attender, module, *args, **kwargs)
     if attender.num_calls == 0:
         raise _goes_round(module, path)
+    return output
 
 
-@contextmanager
-def _as_current(current: _Recorder | _Attender) -> Iterator[Any]:
-    token = _current.set(current)
+def _run(task: _Recorder | _Attender, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    before, _current.task = _current.task, task
     try:
-        yield current
+        return function(*args, **kwargs)
     finally:
-        _current.reset(token)
+        _current.task = before
 
 
 def _goes_round(module: nn.Module, path: str) -> UnsupportedModelError:

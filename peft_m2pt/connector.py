@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -17,8 +17,13 @@ from .graft import copied_parts, graft, low_rank_parts
 from .samples import sample_adapters
 
 
-# Number of image tokens in the input of the model that is being called, where it says so. Per thread.
-_num_image_tokens: ContextVar[torch.Tensor | None] = ContextVar("m2pt_num_image_tokens", default=None)
+class _Input(threading.local):
+    """What is known of the input of the model that is being called. Per thread, since several may call one model."""
+
+    num_image_tokens: torch.Tensor | None = None
+
+
+_input = _Input()
 
 
 class M2PTConnector(M2PTLayer):
@@ -90,7 +95,7 @@ class M2PTConnector(M2PTLayer):
         samples = sample_adapters()
         if samples is None or self.disable_adapters:
             return self._forward([] if self.disable_adapters else self.active_adapters, arguments)
-        _num_image_tokens.set(None)
+        _input.num_image_tokens = None
         name, *others = arguments
         features = arguments[name]
         adapters = samples.of_images(len(features), self.site.path)
@@ -114,8 +119,8 @@ class M2PTConnector(M2PTLayer):
     def _forward(self, active_adapters: Sequence[str], arguments: dict[str, Any]) -> Any:
         features = arguments[self.site.argument_names[0]]
         prompts = [self.m2pt_interaction[name] for name in active_adapters if name in self.m2pt_interaction]
-        if (num_image_tokens := _num_image_tokens.get()) is not None:
-            _num_image_tokens.set(None)
+        if (num_image_tokens := _input.num_image_tokens) is not None:
+            _input.num_image_tokens = None
             self._check_image_tokens(num_image_tokens, len(features), features.shape[-2], sum(map(len, prompts)))
         if prompts:
             prompts = [prompt().to(features).expand(*features.shape[:-2], -1, -1) for prompt in prompts]
@@ -147,6 +152,9 @@ class M2PTConnector(M2PTLayer):
             ]
 
     def _note_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            # A number in a tensor is not known then. transformers makes its own check part of the graph.
+            return
         arguments = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args)), **kwargs)
         if arguments.get("input_ids") is None or sample_adapters() is not None:
             return
@@ -158,7 +166,7 @@ class M2PTConnector(M2PTLayer):
             features = encoded.pooler_output
             self._check_image_tokens(num_image_tokens, len(features), len(features[0]) - num_prompts, num_prompts)
         elif arguments.get("pixel_values") is not None:
-            _num_image_tokens.set(num_image_tokens)
+            _input.num_image_tokens = num_image_tokens
 
     def _check_image_tokens(
         self, num_image_tokens: torch.Tensor, num_images: int, num_features: int, num_prompts: int
@@ -227,7 +235,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _forget_image_tokens(*args: Any) -> None:
-    _num_image_tokens.set(None)
+    _input.num_image_tokens = None
 
 
 class _Tuned(NamedTuple):

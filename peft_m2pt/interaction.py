@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .anatomy import Connector, tower_width
@@ -69,10 +71,12 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
     num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
     widths = [num_layers * tower_width(model, "visual", config), *_widths_of_linears(module)]
     text_width = tower_width(model, "textual", config)
+    own = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    argument_names = tuple(inspect.signature(type(own).forward).parameters)[1:]
     for width in dict.fromkeys(widths):
         if rows_per_token := _rows_per_token(module, width, text_width):
-            return Connector(path, parent, name, width, rows_per_token)
-    return Connector(path, parent, name, widths[0], None)
+            return Connector(path, parent, name, width, rows_per_token, argument_names)
+    return Connector(path, parent, name, widths[0], None, argument_names)
 
 
 def _widths_of_linears(connector: nn.Module) -> list[int]:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from .anatomy import Connector, Site
-from .attention import Rows, attending, extend_attention_function, record_rows
+from .attention import attend_to_rows, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
-from .positions import argument_names, prompt_arguments
+from .positions import find_arguments, prompt_arguments
+from .rows import Rows
 from .samples import SampleAdapters, sample_adapters
 
 
@@ -48,7 +49,7 @@ class M2PTAttention(M2PTLayer):
         self.site = site
         self.m2pt_prompt = nn.ModuleDict()
         self.m2pt_interaction = nn.ModuleDict()
-        self._argument_names = argument_names(site.attention)
+        self._arguments = find_arguments(site.attention)
         self._kept: _KeptRows | None = None
 
     def update_layer(
@@ -91,14 +92,13 @@ class M2PTAttention(M2PTLayer):
         if not adapters:
             return self.base_layer(*args, **kwargs)
         extend_attention_function(self.base_layer, self.site.path)
-        arguments = dict(zip(self._argument_names, args), **kwargs)
+        arguments = dict(zip((argument.name for argument in self._arguments), args), **kwargs)
         samples = sample_adapters()
         if samples is None:
             rows = self._rows([tuple(adapters)], arguments)[0]
         else:
             rows = self._rows_of_samples(samples, adapters, arguments)
-        with attending(self.base_layer, self.site.path, rows):
-            return self.base_layer(*args, **kwargs)
+        return attend_to_rows(self.base_layer, self.site.path, rows, args, kwargs)
 
     @property
     def is_active(self) -> bool:
@@ -117,7 +117,7 @@ class M2PTAttention(M2PTLayer):
         """The rows of each sample's own adapter: as a batch, or one after the other where images are packed."""
         rows = dict(zip(adapters, self._rows([(name,) for name in adapters], arguments)))
         boundaries = arguments.get("cu_seqlens")
-        num_parts = len(arguments[self._argument_names[0]]) if boundaries is None else len(boundaries) - 1
+        num_parts = len(arguments[self._arguments[0].name]) if boundaries is None else len(boundaries) - 1
         if self.site.kind == "textual":
             names = samples.of_tokens(num_parts)
         else:
@@ -136,20 +136,28 @@ class M2PTAttention(M2PTLayer):
         While tokens are decoded one at a time, those of the step before serve again. The first call with a cache
         computes them anew, as does one with many tokens, where it costs little.
         """
-        cache = next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
-        if torch.is_grad_enabled() or cache is None:
-            self._kept = None
+        cache = None if torch.is_grad_enabled() else _find_cache(arguments)
+        if cache is None:
+            self._forget_rows()
             return [self._record(adapters, arguments) for adapters in groups]
-        tokens = arguments[self._argument_names[0]]
+        tokens = arguments[self._arguments[0].name]
         device_type = tokens.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         key = (tokens.dtype, tokens.device, autocast, *groups)
         kept = self._kept
-        if kept is None or tokens.shape[-2] > 1 or not kept.holds_for(cache, key):
-            rows = [self._record(adapters, arguments) for adapters in groups]
+        if kept is not None and tokens.shape[-2] == 1 and kept.hold_for(cache, key):
+            return kept.rows
+        rows = [self._record(adapters, arguments) for adapters in groups]
+        if torch.compiler.is_compiling():
+            self._forget_rows()
+        else:
             sources = self._sources([name for adapters in groups for name in adapters])
-            kept = self._kept = _KeptRows(rows, cache, key, sources)
-        return kept.rows
+            self._kept = _KeptRows(rows, cache, key, sources)
+        return rows
+
+    def _forget_rows(self) -> None:
+        if self._kept is not None:
+            self._kept = None
 
     def _sources(self, adapters: Sequence[str]) -> list[torch.Tensor]:
         """The weights from which key and value of the prompts are computed."""
@@ -162,11 +170,11 @@ class M2PTAttention(M2PTLayer):
 
     def _record(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
         """Lets the base layer compute key and value of the prompts, in a batch of 1."""
-        tokens = arguments[self._argument_names[0]]
+        tokens = arguments[self._arguments[0].name]
         prompts = [self._prompt(name, tokens.dtype) for name in adapters]
         hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
         lengths = [len(prompt) for prompt in prompts] if self.site.kind == "textual" else None
-        arguments = prompt_arguments(self.base_layer, arguments, hidden_states, lengths, self.site.rotary)
+        arguments = prompt_arguments(self._arguments, arguments, hidden_states, lengths, self.site.rotary)
         return record_rows(self.base_layer, self.site.path, arguments, len(hidden_states))
 
     def _prompt(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -183,6 +191,10 @@ class M2PTAttention(M2PTLayer):
         return {**self.__dict__, "_kept": None}
 
 
+def _find_cache(arguments: dict[str, Any]) -> Any:
+    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+
+
 class _KeptRows:
     """Rows for one cache, which stay right as long as none of the tensors changes that they were computed from."""
 
@@ -191,14 +203,16 @@ class _KeptRows:
         self.cache = weakref.ref(cache)
         self.key = key
         self.sources = sources
-        self.version = self._count_changes()
-
-    def holds_for(self, cache: Any, key: tuple[Any, ...]) -> bool:
-        same_call = self.cache() is cache and self.key == key
-        return same_call and self.version is not None and self.version == self._count_changes()
-
-    def _count_changes(self) -> int | None:
         # torch counts the changes of every tensor, except of those made in inference mode.
-        if any(source.is_inference() for source in self.sources):
-            return None
+        self.are_counted = not any(source.is_inference() for source in sources)
+        self.version = self._count_changes() if self.are_counted else None
+
+    def hold_for(self, cache: Any, key: tuple[Any, ...]) -> bool:
+        """Whether these are the rows for the next token of a cache."""
+        if self.cache() is not cache or self.key != key:
+            return False
+        # A compiled step cannot count: it takes the rows of the step before as they are.
+        return torch.compiler.is_compiling() or (self.are_counted and self.version == self._count_changes())
+
+    def _count_changes(self) -> int:
         return sum(source._version for source in self.sources)

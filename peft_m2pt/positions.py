@@ -8,11 +8,13 @@ they are not rotated.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from .errors import UnsupportedModelError
 
@@ -79,9 +81,23 @@ class Rotary:
         return forward(self.module, hidden_states, position_ids, *layer_type)
 
 
-def argument_names(attention: nn.Module) -> list[str]:
-    """Names of the arguments of an attention module. The first is its input."""
-    return list(inspect.signature(type(attention).forward).parameters)[1:]
+class Argument(NamedTuple):
+    """A named argument of an attention module."""
+
+    name: str
+    is_required: bool
+
+
+def find_arguments(attention: nn.Module) -> tuple[Argument, ...]:
+    """Lists the named arguments of an attention module. The first is its input."""
+    parameters = list(inspect.signature(type(attention).forward).parameters.values())[1:]
+    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    return tuple(Argument(parameter.name, parameter.default is parameter.empty) for parameter in named)
+
+
+def takes(attention: nn.Module, name: str) -> bool:
+    """Whether an attention module has an argument of this name."""
+    return any(argument.name == name for argument in find_arguments(attention))
 
 
 def check_arguments(attention: nn.Module, path: str, way_out: str) -> None:
@@ -91,9 +107,7 @@ def check_arguments(attention: nn.Module, path: str, way_out: str) -> None:
     Raises:
         UnsupportedModelError: If it does not.
     """
-    parameters = list(inspect.signature(type(attention).forward).parameters.values())[2:]
-    declared = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    if unknown := sorted(declared - KNOWN):
+    if unknown := sorted({argument.name for argument in find_arguments(attention)[1:]} - KNOWN):
         raise UnsupportedModelError(
             f"The attention '{path}' ({type(attention).__name__}) takes {unknown}, of which it is not known what they "
             f"mean for prompts. {way_out}"
@@ -143,7 +157,7 @@ def _rotary(module: nn.Module, attention: nn.Module, layer: int) -> Rotary:
 
 
 def prompt_arguments(
-    attention: nn.Module,
+    named: Sequence[Argument],
     arguments: dict[str, Any],
     prompts: torch.Tensor,
     lengths: list[int] | None,
@@ -153,8 +167,8 @@ def prompt_arguments(
     The arguments with which an attention module computes keys and values of prompts, in a batch of 1.
 
     Args:
-        attention (`nn.Module`):
-            The attention module.
+        named (`Sequence[Argument]`):
+            The named arguments of the attention module.
         arguments (`dict[str, Any]`):
             Its arguments for the tokens.
         prompts (`torch.Tensor` of shape `(num_rows, width)`):
@@ -168,33 +182,30 @@ def prompt_arguments(
     Returns:
         `dict[str, Any]`
     """
-    parameters = list(inspect.signature(type(attention).forward).parameters.values())[1:]
-    tokens = arguments[parameters[0].name]
+    tokens = arguments[named[0].name]
     hidden_states = prompts.reshape(*[1] * (tokens.dim() - 2), *prompts.shape)
     num_rows, num_tokens = len(prompts), tokens.shape[-2]
     position_ids = None
     if lengths is not None:
         position_ids = torch.cat([torch.arange(-length, 0, device=tokens.device) for length in lengths])[None]
 
-    result = {parameters[0].name: hidden_states}
-    for parameter in parameters[1:]:
-        name, value = parameter.name, arguments.get(parameter.name)
-        if parameter.kind is parameter.VAR_KEYWORD:
-            continue
+    result = {named[0].name: hidden_states}
+    for name, is_required in named[1:]:
+        value = arguments.get(name)
         if value is None:
-            if parameter.default is parameter.empty:
+            if is_required:
                 result[name] = None
         elif name == "shared_kv_states":
             # Into this, modules write keys and values of the tokens, which later layers share.
             result[name] = {}
-        elif name == "attention_mask":
+        elif name == "attention_mask" and not isinstance(value, BlockMask):
             # Some modules read it even if there is nothing to hide, to select keys by themselves.
             shape = (1, num_rows) if value.dim() == 2 else (1, 1, num_rows, num_rows)
             result[name] = value.new_full(shape, value.dim() == 2 or value.dtype == torch.bool)
         elif name == "prev_topk_indices":
             result[name] = torch.arange(num_rows, device=value.device).expand(*[1] * (value.dim() - 2), num_rows, -1)
-        elif name in OF_TOKENS:
-            if parameter.default is parameter.empty:
+        elif name == "attention_mask" or name in OF_TOKENS:
+            if is_required:
                 result[name] = None
         elif name == "cu_seqlens":
             result[name] = value.new_tensor([0, num_rows])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -74,23 +74,28 @@ class SampleAdapters:
         return [name for name in self.names for _ in range(times)]
 
 
-# Per thread, since several threads may call one model at once.
-_current: ContextVar[SampleAdapters | None] = ContextVar("m2pt_samples", default=None)
+class _Current(threading.local):
+    """Per thread, since several threads may call one model at once."""
+
+    samples: SampleAdapters | None = None
+
+
+_current = _Current()
 
 
 def sample_adapters() -> SampleAdapters | None:
     """The adapters of the samples that the model is being called with. `None` if all use the active ones."""
-    return _current.get()
+    return _current.samples
 
 
 @contextmanager
 def using(samples: SampleAdapters) -> Iterator[None]:
     """While this context is open, each sample uses its own adapter."""
-    token = _current.set(samples)
+    _current.samples = samples
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.samples = None
 
 
 def describe_samples(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -23,6 +23,7 @@ USER = "user"
 TOKEN = "hf_secret"
 LFS_SUFFIXES = (".safetensors", ".bin")
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+KIND = "(models|datasets)"
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
 
@@ -268,7 +269,7 @@ def commit(handler: Handler, repo: str, revision: str) -> None:
     handler.send_json({"commitOid": sha, "commitUrl": f"{handler.server.url}/{repo}/commit/{sha}"})
 
 
-@route("GET", f"/api/models/{REPO}(/revision/(?P<revision>[^/]+))?")
+@route("GET", f"/api/{KIND}/{REPO}(/revision/(?P<revision>[^/]+))?")
 def repo_info(handler: Handler, repo: str, revision: str) -> None:
     model = handler.repo(repo)
     sha = handler.commit(model, revision or "main")
@@ -276,22 +277,29 @@ def repo_info(handler: Handler, repo: str, revision: str) -> None:
     handler.send_json({"id": repo, "sha": sha, "private": model.private, "tags": [], "siblings": siblings})
 
 
-@route("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?")
+@route("GET", f"/api/{KIND}/{REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?")
 def tree(handler: Handler, repo: str, revision: str, folder: str) -> None:
     model = handler.repo(repo)
     files = model.commits[handler.commit(model, revision)]
     inside = {path: handler.server.content(entry) for path, entry in files.items() if path.startswith(folder)}
     if not inside:
         raise Refused(404, "EntryNotFound", f"{folder} does not exist")
-    handler.send_json(
-        [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in inside.items()
-        ]
-    )
+    handler.send_json([describe(path, content) for path, content in inside.items()])
 
 
-@route("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+def describe(path: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+@route("POST", f"/api/datasets/{REPO}/paths-info/(?P<revision>[^/]+)")
+def paths_info(handler: Handler, repo: str, revision: str) -> None:
+    dataset = handler.repo(repo)
+    files = dataset.commits[handler.commit(dataset, revision)]
+    asked = parse_qs(handler.body.decode())["paths"]
+    handler.send_json([describe(path, handler.server.content(files[path])) for path in asked if path in files])
+
+
+@route("GET", f"/(datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(handler: Handler, repo: str, revision: str, path: str) -> None:
     model = handler.repo(repo)
     sha = handler.commit(model, revision)

@@ -1,11 +1,13 @@
 """Bases with quantised weights: bitsandbytes in 8 and 4 bits, torchao."""
 
 import copy
+import json
 
 import pytest
 import torch
 from models import IMAGE_TOKEN, PAD_TOKEN, VOCAB_SIZE, adapt, make_config, make_inputs, trained_by, without_labels
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from test_train import draw, import_examples, make_model, make_processor, run_here
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     BitsAndBytesConfig,
@@ -213,3 +215,21 @@ def test_vocabulary_of_quantised_embeddings(saved):
     assert all((embeddings == prompt).all(dim=-1).any() for prompt in prompts)
     peft_model(**make_inputs()).loss.backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in trained_by(peft_model).values())
+
+
+def test_training_script(monkeypatch, tmp_path):
+    """In examples/train.py, load_in_4bit is all that it takes, but for the rank of the connector."""
+    examples = import_examples(monkeypatch, tmp_path)
+    processor = make_processor()
+    processor.save_pretrained(tmp_path / "model")
+    make_model(processor, width=64).save_pretrained(tmp_path / "model")
+    draw(tmp_path / "data", 16)
+    options = {"load_in_4bit": True, "gradient_checkpointing": True, "logging_steps": 1, "learning_rate": 0.03}
+    with pytest.raises(ValueError, match="quantised linear layers.*connector_rank=8"):
+        run_here(examples, monkeypatch, tmp_path, tmp_path / "run", **options)
+    run_here(examples, monkeypatch, tmp_path, tmp_path / "run", **options, connector_rank=8)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert losses[1] < losses[0]
+    loaded = PeftModel.from_pretrained(load(tmp_path / "model", QUANTISATIONS["nf4"]), tmp_path / "run")
+    assert len(trained_by(loaded)) > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_kernels import KERNELS, stand_ins
 from families import FAMILIES, checks
 from families.spec import make_inputs as make_family_inputs
 from families.spec import make_model, take_sample
@@ -49,14 +50,16 @@ def alone(model, inputs, index, adapter, call):
     return output
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa", *KERNELS])
 @pytest.mark.parametrize("padding", ["no mask", "left", "right"])
 @pytest.mark.parametrize("names", BATCHES, ids="-".join)
 @torch.no_grad()
 def test_forward(model, names, padding, attn):
-    model.get_base_model().set_attn_implementation(attn)
     inputs = without_labels(make_inputs(padding))
-    logits = model(**inputs, adapter_names=names).logits
+    with stand_ins():
+        model.get_base_model().set_attn_implementation(attn)
+        logits = model(**inputs, adapter_names=names).logits
+    model.get_base_model().set_attn_implementation("sdpa")
     for index, name in enumerate(names):
         expected = alone(model, inputs, index, name, lambda model, sample: model(**sample).logits)[0]
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[index].bool()
@@ -67,7 +70,6 @@ def test_forward(model, names, padding, attn):
 @pytest.mark.parametrize("names", BATCHES, ids="-".join)
 @torch.no_grad()
 def test_generate(model, names, num_beams):
-    model.get_base_model().set_attn_implementation("sdpa")
     inputs = without_labels(make_inputs("left"))
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": num_beams, "do_sample": False}
     tokens = model.generate(**inputs, **options, adapter_names=names)
@@ -76,11 +78,28 @@ def test_generate(model, names, num_beams):
         assert torch.equal(tokens[index], expected[0])
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "internvl", "idefics3", "whisper", "gemma3", "clip"])
+@pytest.mark.parametrize(
+    "family, attn",
+    [
+        ("qwen2_vl", "sdpa"),
+        ("qwen2_vl", "flash_attention_2"),
+        ("qwen2_5_vl", "flash_attention_2"),
+        ("internvl", "sdpa"),
+        ("idefics3", "flex_attention"),
+        ("whisper", "sdpa"),
+        ("gemma3", "sdpa"),
+        ("clip", "sdpa"),
+    ],
+)
 @torch.no_grad()
-def test_families(family):
+def test_families(family, attn):
     family = next(other for other in FAMILIES if other.name == family)
-    model = get_peft_model(make_model(family, "sdpa"), checks.make_config(family))
+    with stand_ins():
+        check_family(family, attn)
+
+
+def check_family(family, attn):
+    model = get_peft_model(make_model(family, attn), checks.make_config(family))
     config = checks.make_config(family)
     config.num_visual_tokens, config.num_textual_tokens = 2, 7
     model.add_adapter("other", config)

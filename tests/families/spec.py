@@ -28,7 +28,8 @@ CHECKS = {
     "padding": "a sample padded on the left gives what it gives alone",
     "checkpointing": "gradient checkpointing, reentrant or not, leaves loss and gradients as they are",
     "saving": "a fresh model with the saved adapter gives the same; without it the base model is back bit by bit",
-    "attention": 'attn_implementation="eager" and "sdpa" agree',
+    "attention": '"eager" and "sdpa" attention agree, and so do "flash_attention_2" and "flex_attention" (run by '
+    "stand-ins for their kernels) where those of the base model do",
 }
 
 

@@ -1,0 +1,154 @@
+"""
+Prompt rows in flash attention.
+
+It lines up the last query with the last key, so rows in front leave it right what is causal. What needs care: its mask
+has two dimensions and only says which keys are padding; several sequences can be packed into one, each of which needs
+rows of its own in front; and a sliding window would hide the rows from the queries that are far from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .dense import attend_masked, is_causal
+from .errors import UnsupportedModelError
+from .rows import Rows
+
+
+def attend_flash(
+    attend: Callable,
+    module: nn.Module,
+    rows: Rows | Sequence[Rows | None],
+    query,
+    key,
+    value,
+    attention_mask,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attends with rows in front of key and value of each sequence.
+
+    Args:
+        rows ([`Rows`] or `Sequence[Rows | None]`):
+            The rows, or those of each of the packed sequences.
+        attention_mask (`torch.Tensor` of shape `(batch_size, key_length)`, *optional*):
+            1 for tokens, 0 for padding.
+    """
+    if attention_mask is None:
+        boundaries, max_length = _find_packed(query, key, kwargs)
+    else:
+        # Keys behind the mask are those of an empty static cache; transformers cuts them off the same way.
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+        boundaries, max_length = None, key.shape[2]
+    if (window := kwargs.get("sliding_window")) is not None:
+        if max_length > window:
+            return _attend_in_window(module, rows, query, key, value, attention_mask, boundaries, kwargs)
+        kwargs["sliding_window"] = None
+    if boundaries is not None:
+        key, value, boundaries, num_rows = _put_in_front_of_each(rows, key, value, boundaries)
+        kwargs |= {"cu_seq_lens_k": boundaries, "max_length_k": max_length + num_rows}
+        return attend(module, query, key, value, None, **kwargs)
+    if attention_mask is None and rows.visible is not None:
+        attention_mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.long)
+    if attention_mask is not None:
+        visible = attention_mask.new_ones(len(attention_mask), len(rows)) if rows.visible is None else rows.visible
+        attention_mask = torch.cat([visible.to(attention_mask.dtype), attention_mask], dim=1)
+    key, value = rows.put_in_front(key, value)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _find_packed(
+    query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor | None, int | torch.Tensor]:
+    """
+    Finds sequences that are packed into one, where the arguments tell it or positions that start anew. Writes the
+    former into the arguments then.
+
+    Returns:
+        `tuple[torch.Tensor | None, int | torch.Tensor]`: Their boundaries, of shape `(num_sequences + 1,)`, or `None`
+        if there is one sequence, and the greatest length.
+    """
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    if all(kwargs.get(name) is not None for name in names):
+        return kwargs["cu_seq_lens_k"], kwargs["max_length_k"]
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or position_ids.dim() != 2 or len(query) > 1 or query.shape[2] == 1:
+        return None, key.shape[2]
+    starts = (position_ids[0] == position_ids.min()).nonzero().flatten()
+    if len(starts) == 1:
+        return None, key.shape[2]
+    boundaries = nn.functional.pad(starts, (0, 1), value=query.shape[2]).to(torch.int32)
+    max_length = int(boundaries.diff().max())
+    kwargs |= dict(zip(names, (boundaries, boundaries, max_length, max_length)))
+    return boundaries, max_length
+
+
+def _put_in_front_of_each(
+    rows: Rows | Sequence[Rows | None], key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Puts rows in front of each packed sequence. Returns key, value, boundaries and the greatest number of rows."""
+    num_sequences, num_tokens = len(boundaries) - 1, key.shape[2]
+    of_each = [rows] * num_sequences if isinstance(rows, Rows) else rows
+    sources = list({id(some): some for some in of_each if some is not None}.values())
+    starts = dict(zip(map(id, sources), accumulate(map(len, sources), initial=0)))
+    lengths = [0 if some is None else len(some) for some in of_each]
+    num_source_rows, num_rows = sum(map(len, sources)), sum(lengths)
+    device = boundaries.device
+    counts = torch.tensor(lengths, device=device)
+    rows_before = counts.cumsum(0)
+
+    # Where each row comes from, and where rows and tokens go to.
+    sequence_of_row = torch.arange(num_sequences, device=device).repeat_interleave(counts, output_size=num_rows)
+    first_rows = torch.tensor([starts.get(id(some), 0) for some in of_each], device=device) - rows_before + counts
+    row_numbers, tokens = torch.arange(num_rows, device=device), torch.arange(num_tokens, device=device)
+    sequence_of_token = torch.searchsorted(boundaries[1:].long(), tokens, right=True).clamp(max=num_sequences - 1)
+    order = torch.empty(num_rows + num_tokens, device=device, dtype=torch.long)
+    order[boundaries.long()[sequence_of_row] + row_numbers] = row_numbers + first_rows[sequence_of_row]
+    order[tokens + rows_before[sequence_of_token]] = num_source_rows + tokens
+    key, value = (
+        torch.cat([*(getattr(some, name).to(part.dtype) for some in sources), part], dim=2).index_select(2, order)
+        for name, part in (("key", key), ("value", value))
+    )
+    boundaries = boundaries + nn.functional.pad(rows_before, (1, 0)).to(boundaries.dtype)
+    return key, value, boundaries, max(lengths)
+
+
+def _attend_in_window(
+    module: nn.Module,
+    rows: Rows,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    boundaries: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """
+    Attends to rows and to a sliding window of tokens. Flash attention has no way to say that, but `sdpa` takes a mask
+    that does.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} combines a sliding window, shorter than the {key.shape[2]} tokens, with "
+                f"{name}, which attn_implementation={module.config._attn_implementation!r} cannot do with prompts. "
+                f"Use model.set_attn_implementation('eager')."
+            )
+    keys = torch.arange(key.shape[2], device=key.device)
+    distance = keys[-query.shape[2] :, None] - keys
+    nearest = 0 if is_causal(module, kwargs) else 1 - kwargs["sliding_window"]
+    visible = (distance >= nearest) & (distance < kwargs["sliding_window"])
+    if boundaries is not None:
+        sequence = torch.searchsorted(boundaries[1:].long(), keys, right=True)
+        visible = visible & (sequence[:, None] == sequence)
+    visible = visible[None, None]
+    if attention_mask is not None:
+        visible = visible & attention_mask[:, None, None].bool()
+    arguments = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
+    return attend_masked(sdpa_attention_forward, module, rows, query, key, value, visible, **arguments)

@@ -1,0 +1,124 @@
+"""The benchmark at dimensions at which its times mean nothing."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.__main__ import main
+from benchmarks.methods import all_methods, base_model, growing_methods, lengthened, prompts_only
+from benchmarks.models import DIMS, make_hollow_model, make_inputs, make_model
+from benchmarks.report import list_aims, make_markdown
+from benchmarks.run import GROWTH, interleaved
+
+
+def test_a_whole_run(tmp_path, capsys):
+    main(["--dims", "tiny", "--threads", "1", "--repeats", "2", "--loading", "tiny", "--output", str(tmp_path)])
+    [table] = tmp_path.glob("*.md")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json", ".png"}
+    assert table.read_text() in capsys.readouterr().out
+    results = json.loads(table.with_suffix(".json").read_text())
+    assert make_markdown(results) in table.read_text()
+
+    names = [method.name for method in all_methods(DIMS["tiny"])]
+    assert list(results["methods"]) == names
+    for name, measured in results["methods"].items():
+        assert measured["flops"] > 0
+        for quantity in ("forward", "decode", *(["train"] if name != "base" else [])):
+            assert len(measured[quantity]) == 2 and min(measured[quantity]) > 0
+        if name != "base":
+            assert 0 < measured["saved_bytes"] <= measured["peak_bytes"]
+        assert f"| {name} | " in table.read_text()
+    assert len(results["growth"]) == len(GROWTH)
+    for size in results["growth"]:
+        assert list(size["methods"]) == [method.name for method in growing_methods(DIMS["tiny"])]
+    for aim, value, limit in list_aims(results):
+        assert (
+            f"| {aim} | {value:.3f} | at most {limit:g} | {'yes' if value <= limit else '**no**'} |"
+            in table.read_text()
+        )
+    assert {"hardware", "torch", "transformers", "peft"} <= set(results["machine"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "0"], "error: --repeats 0 measures nothing. Choose at least 1."),
+        (["--device", "cuda"], "error: --device cuda: torch sees no GPU on this machine. Choose --device cpu."),
+        (["--dims", "huge"], "error: argument --dims: invalid choice: 'huge'"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--output", str(tmp_path / "output")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("dims", ["tiny", "tiny-qwen"])
+def test_every_method_runs_in_half_precision(dims):
+    # As on a GPU.
+    dims = DIMS[dims]
+    base, inputs = make_model(dims, dtype=torch.bfloat16), make_inputs(dims, dtype=torch.bfloat16)
+    for method in all_methods(dims):
+        model = method.apply(base)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [parameter.detach().clone() for parameter in trained]
+        if method.trains:
+            measure.make_training_step(model, inputs)()
+        assert any(not torch.equal(old, new) for old, new in zip(before, trained)) == method.trains, method.name
+        assert measure.decoding_seconds(model, inputs, 2) > 0
+
+
+def test_lengthening_computes_the_same():
+    tiny = DIMS["tiny"]
+    base, inputs = make_model(tiny), make_inputs(tiny)
+    models = [method(4, 3).apply(base) for method in (prompts_only, lengthened)]
+    with torch.no_grad():
+        for pair in zip(*([p for p in model.parameters() if p.requires_grad] for model in models), strict=True):
+            values = torch.randn_like(pair[0])
+            for prompt in pair:
+                prompt.copy_(values)
+    logits, expected = (model(**inputs).logits for model in models)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert (logits - base(**inputs).logits).abs().max() > 0.1
+    labels = inputs.pop("labels")
+    assert labels.shape == inputs["input_ids"].shape
+    tokens, expected = (model.generate(**inputs, max_new_tokens=6, do_sample=False) for model in models)
+    assert torch.equal(tokens, expected)
+
+
+def test_lengthening_refuses_padding():
+    tiny = DIMS["tiny"]
+    inputs = make_inputs(tiny)
+    inputs["attention_mask"][0, :3] = 0
+    with pytest.raises(ValueError, match="for batches without padding"):
+        lengthened(4, 3).apply(make_model(tiny))(**inputs)
+
+
+def test_copies_share_weights():
+    base = make_model(DIMS["tiny"])
+    copy = base_model().apply(base)
+    assert copy is not base and copy.lm_head is not base.lm_head
+    assert all(mine is other for mine, other in zip(copy.parameters(), base.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dims", ["llava-1.5-7b", "qwen2.5-vl-7b"])
+def test_models_of_seven_billion_parameters_take_little_memory(dims):
+    model = make_hollow_model(DIMS[dims])
+    assert sum(parameter.numel() for parameter in model.parameters()) > 7e9
+    assert sum(parameter.untyped_storage().nbytes() for parameter in model.parameters()) < 2e8
+
+
+def test_measurements_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or len(order) for name in "abcd"}
+    times = interleaved(calls, repeats=3)
+    rounds = [order[i : i + 4] for i in range(0, 16, 4)]
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    # The first round does not count.
+    assert sorted(time for measured in times.values() for time in measured) == list(range(5, 17))
