@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart benchmark test test-versions test-lowest test-newest models style lint clean
+.PHONY: quickstart benchmark test test-versions test-lowest test-newest test-deepspeed models style lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -23,14 +23,20 @@ models: $(VENV)/installed
 test-versions: test-lowest test-newest
 
 # The versions of torchao that PEFT takes need a later torch than the lowest, and so does compiling models of transformers.
-# TRL needs later versions of accelerate and datasets.
+# TRL needs later versions of accelerate and datasets, FSDP2 a later accelerate.
 test-lowest: $(VENV)-lowest/installed
 	$(VENV)-lowest/bin/python -m pytest --ignore=tests/test_quantised.py --ignore=tests/test_compile.py \
 		--ignore=tests/test_trl.py \
-		--deselect=tests/test_upstream.py::TestCompiling $(ARGS)
+		--deselect=tests/test_upstream.py::TestCompiling \
+		--deselect="tests/test_processes.py::test_two_processes[fsdp2]" $(ARGS)
 
 test-newest: $(VENV)-newest/installed
 	$(VENV)-newest/bin/python -m pytest $(ARGS)
+
+# DeepSpeed is built against the torch that is there, with what it needs on CPUs (takes g++ and some minutes).
+test-deepspeed: $(VENV)-deepspeed/installed
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" \
+		$(VENV)-deepspeed/bin/python -m pytest tests/processes/check_deepspeed.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -54,5 +60,14 @@ $(VENV)-lowest/installed $(VENV)-newest/installed: $(VENV)-%/installed: pyprojec
 	$(VENV)-$*/bin/python -m pip install --quiet --upgrade --constraint constraints-$*.txt --group $(GROUP) --editable .
 	touch $@
 
+$(VENV)-deepspeed/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-deepspeed
+	$(VENV)-deepspeed/bin/python -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77,<82" wheel
+	$(VENV)-deepspeed/bin/python -m pip install --quiet --constraint constraints.txt --group test --editable .
+	DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" \
+		$(VENV)-deepspeed/bin/python -m pip install --quiet --no-build-isolation --no-cache-dir \
+		--constraint constraints.txt --group deepspeed
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest quickstart-output dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-deepspeed quickstart-output dist .hypothesis .pytest_cache .ruff_cache

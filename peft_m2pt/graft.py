@@ -14,12 +14,14 @@ from collections.abc import Iterator
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 
 def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     """
-    Copies all weights of a module, but not those of other adapters in it. What is offloaded is fetched for it.
+    Copies all weights of a module, but not those of other adapters in it. What is offloaded or partitioned is fetched
+    for it.
 
     Args:
         module (`nn.Module`):
@@ -32,7 +34,7 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
     for path, child in own_modules(module):
         if not any(True for _ in child.parameters(recurse=False)):
             continue
-        with align_module_device(child):
+        with align_module_device(child), gather_params_ctx(child.parameters(recurse=False), modifier_rank=None):
             part = _bare_copy(child)
             part._modules = {}
             parts[path] = part = copy.deepcopy(part)
@@ -66,7 +68,9 @@ def shape_of(module: nn.Module) -> nn.Module:
 def _shape_of_tensor(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
-    return torch.empty(tensor.shape, dtype=None if tensor.is_floating_point() else tensor.dtype, device="meta")
+    # DeepSpeed leaves nothing in a weight that it has partitioned.
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    return torch.empty(shape, dtype=None if tensor.is_floating_point() else tensor.dtype, device="meta")
 
 
 def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -105,6 +109,8 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
         twin.__dict__.pop(name, None)
+    # Hooks that the module gets later, as from DeepSpeed, are about that module.
+    twin.__dict__.update({name: copy.copy(hooks) for name, hooks in vars(twin).items() if "_hooks" in name})
     return twin
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate.utils import align_module_device
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from .anatomy import Connector, Site
@@ -54,7 +55,8 @@ class PromptInitialiser:
             nn.init.normal_(prompt.weight, std=self.config.init_std)
         elif self.config.init_prompts == "vocabulary" and site.kind == "textual":
             token_ids = self.token_ids[torch.randint(len(self.token_ids), (prompt.num_tokens,))]
-            with align_module_device(self.embedding):
+            partitioned = gather_params_ctx(self.embedding.weight, modifier_rank=None)
+            with align_module_device(self.embedding), partitioned:
                 embeddings = self.embedding(token_ids.to(self.embedding.weight.device))
             if not embeddings.is_meta:
                 prompt.weight.copy_(embeddings)

@@ -20,7 +20,7 @@ from .base import NOT_MERGEABLE, M2PTLayer
 from .card import own_card
 from .config import M2PTConfig
 from .connector import M2PTConnector
-from .entrances import count_from_first_token, let_gradients_in
+from .entrances import count_from_first_token, let_gradients_in, let_take_part
 from .errors import UnsupportedModelError
 from .graft import quantised_linears
 from .init import PromptInitialiser
@@ -39,7 +39,7 @@ from .stacking import (
     without_wrappers,
     wrapper_prefix,
 )
-from .towers import find_tower
+from .towers import find_tower, has_tower
 from .weighted import add_weighted_adapter
 
 
@@ -178,17 +178,33 @@ class M2PTModel(BaseTuner):
     def _prepare_entrances(self, model: nn.Module, adapter_name: str) -> None:
         """Prepares each tower with prompts of an adapter, at its first layer."""
         config = self.peft_config[adapter_name]
+        first_layers = {}
         for kind in ("visual", "textual"):
             modules = (model.get_submodule(path) for path, site in self._sites.items() if site.kind == kind)
             layers = (module for module in modules if isinstance(module, M2PTAttention))
             layer = next((layer for layer in layers if layer._adapters([adapter_name])), None)
-            if layer is None or layer.hooks:
+            if layer is None:
+                continue
+            first_layers[kind] = layer
+            if layer.hooks:
                 continue
             tower_path, _ = find_tower(model, kind, config)
             layer.hooks += let_gradients_in(model, tower_path, layer.site.path)
             if kind == "textual":
                 layer.hooks += count_from_first_token(model, layer)
             layer.hooks += refuse_later_adapters(model, self.peft_config)
+        if has_tower(model, "textual", config):
+            self._prepare_exit(model, config, first_layers)
+
+    def _prepare_exit(self, model: nn.Module, config: M2PTConfig, first_layers: dict[str, M2PTAttention]) -> None:
+        """Prepares the language model for inputs without images, in training."""
+        _, decoder = find_tower(model, "textual", config)
+        if layer := first_layers.get("visual"):
+            _, tower = find_tower(model, "visual", config)
+            layer.hooks += let_take_part(model, tower, layer, decoder)
+        connector = self._connector.module if self._connector is not None else None
+        if isinstance(connector, M2PTConnector):
+            next(iter(first_layers.values())).hooks += let_take_part(model, connector, connector, decoder)
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
         """Undoes what an injection has done before it failed."""

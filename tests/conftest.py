@@ -2,6 +2,8 @@ import pytest
 import torch
 
 
+pytest.register_assert_rewrite("processes.launch")
+
 # Models here are far too small to gain from threads.
 torch.set_num_threads(1)
 

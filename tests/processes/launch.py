@@ -1,0 +1,86 @@
+"""Starts training in two processes, with the configurations in examples/accelerate, and checks what comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from models import make_llava, trained_by
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from .train import SAVED_STEP, logits, losses, make_trainer
+
+
+ROOT = Path(__file__).parents[2]
+# Processes that wait for each other for ever fail the test, and not the whole run.
+SECONDS = 300
+
+
+class Expected(NamedTuple):
+    """What one process computes on the same batches, from the same base."""
+
+    base: Path
+    losses: list[float]
+    folder: Path
+
+
+def train_alone(folder: Path) -> Expected:
+    base = folder / "base"
+    make_llava().save_pretrained(base)
+    trainer = make_trainer(base, folder / "run")
+    trainer.train()
+    return Expected(base, losses(trainer), folder)
+
+
+def launch(engine: str, base: Path, folder: Path) -> dict[str, Any]:
+    """Trains in two processes. Returns what the script has written."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{engine}.yaml")]
+    # What is different on two CPUs. Port 0 stands for any that is free.
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["-m", "processes.train", str(base), str(folder)]
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        output, _ = process.communicate()
+        pytest.fail(f"{engine}: no end after {SECONDS} seconds.\n{output}")
+    assert process.returncode == 0, output
+    return json.loads((folder / "results.json").read_text())
+
+
+def check(engine: str, expected: Expected, folder: Path) -> None:
+    results = launch(engine, expected.base, folder)
+    assert results["losses"] == pytest.approx(expected.losses, rel=1e-4)
+    assert results["resumed losses"] == pytest.approx(expected.losses, rel=1e-4)
+
+    of_step = {
+        run: load_file(run / f"checkpoint-{SAVED_STEP}" / "adapter_model.safetensors")
+        for run in (expected.folder / "run", folder / "run")
+    }
+    alone, together = of_step.values()
+    assert together.keys() == alone.keys()
+    for name, weight in together.items():
+        torch.testing.assert_close(weight, alone[name], rtol=1e-3, atol=1e-3, msg=name)
+
+    files = [path.relative_to(folder / "adapter").as_posix() for path in (folder / "adapter").rglob("*")]
+    assert sorted(files) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "training_args.bin"]
+    reloaded = PeftModel.from_pretrained(
+        LlavaForConditionalGeneration.from_pretrained(expected.base), folder / "adapter"
+    )
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == {name.replace(".default.", ".") for name in trained_by(reloaded)}
+    torch.testing.assert_close(logits(reloaded), torch.tensor(results["logits"]))
