@@ -20,13 +20,14 @@ from .base import NOT_MERGEABLE, M2PTLayer
 from .card import own_card
 from .config import M2PTConfig
 from .connector import M2PTConnector
-from .entrances import count_from_first_token, let_gradients_in, let_take_part
+from .entrances import count_from_first_token, let_gradients_in
 from .errors import UnsupportedModelError
 from .graft import quantised_linears
 from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
+from .processes import let_take_part
 from .register import PREFIX
 from .report import describe
 from .samples import BASE, describe_samples, using
@@ -194,10 +195,12 @@ class M2PTModel(BaseTuner):
                 layer.hooks += count_from_first_token(model, layer)
             layer.hooks += refuse_later_adapters(model, self.peft_config)
         if has_tower(model, "textual", config):
-            self._prepare_exit(model, config, first_layers)
+            self._prepare_for_processes(model, config, first_layers)
 
-    def _prepare_exit(self, model: nn.Module, config: M2PTConfig, first_layers: dict[str, M2PTAttention]) -> None:
-        """Prepares the language model for inputs without images, in training."""
+    def _prepare_for_processes(
+        self, model: nn.Module, config: M2PTConfig, first_layers: dict[str, M2PTAttention]
+    ) -> None:
+        """Prepares for training in several processes, of which some may have no images in a step."""
         _, decoder = find_tower(model, "textual", config)
         if layer := first_layers.get("visual"):
             _, tower = find_tower(model, "visual", config)

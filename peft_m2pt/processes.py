@@ -1,0 +1,113 @@
+"""Training in several processes, which need not all have images in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.utils.hooks import RemovableHandle
+
+from .base import M2PTLayer, M2PTPrompt
+
+
+class TakePart:
+    """
+    Lets what is trained in front of the language model take part in a step without images.
+
+    Processes that train together exchange the gradients of all weights, and wait for each other. So if a part of the
+    model was not called by this process, its weights are added to the input of the language model, in a way that
+    leaves nothing of them but a gradient of zero. That is in front of all layers, so checkpointing does not repeat it,
+    and gradients leave the layers in the same order in all processes. This is a forward hook for a module that is
+    called whenever the part is.
+
+    Args:
+        part (`nn.Module`):
+            The vision encoder, or the connector.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
+        self.takes_part = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if _in_several_processes():
+            self.takes_part = True
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook for the model."""
+        if _in_several_processes():
+            self.takes_part = False
+
+    def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook for the language model."""
+        if kwargs.get("inputs_embeds") is None:
+            return None
+        return args, {**kwargs, "inputs_embeds": self._take_part(kwargs["inputs_embeds"])}
+
+    def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """A forward hook for the language model, which may embed its tokens itself."""
+        return self._take_part(output)
+
+    def _take_part(self, states: Any) -> Any:
+        if not _in_several_processes() or self.takes_part or not torch.is_grad_enabled():
+            return states
+        self.takes_part = True
+        # Sums over nothing, so that no value of a weight can spoil the states.
+        zeros = [weight.flatten()[:0].sum() for weight in _weights(self.part) if weight.requires_grad]
+        return _plus(states, sum(zero.to(zeros[0]) for zero in zeros)) if zeros else states
+
+
+def let_take_part(model: nn.Module, part: nn.Module, watched: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
+    """
+    Prepares a part of a model for training in several processes, some of which may have no images in a step.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        part (`nn.Module`):
+            The part: the vision encoder, or the connector.
+        watched (`nn.Module`):
+            A module that is called whenever the part is.
+        decoder (`nn.Module`):
+            The language model.
+
+    Returns:
+        `list[RemovableHandle]`: The hooks. None if the module is watched already.
+    """
+    if any(isinstance(hook, TakePart) for hook in watched._forward_hooks.values()):
+        return []
+    hook = TakePart(part)
+    return [
+        model.register_forward_pre_hook(hook.begin),
+        watched.register_forward_hook(hook),
+        decoder.register_forward_pre_hook(hook.enter, with_kwargs=True),
+        decoder.register_forward_hook(hook.leave),
+    ]
+
+
+def _in_several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _weights(part: nn.Module) -> Iterator[torch.Tensor]:
+    """The weights that adapters have in a part of a model."""
+    for layer in part.modules():
+        if not isinstance(layer, M2PTLayer):
+            continue
+        for layer_name in layer.adapter_layer_names:
+            for module in getattr(layer, layer_name).values():
+                # Sharded training gathers a prompt when it is called.
+                yield from [module()] if isinstance(module, M2PTPrompt) else module.parameters()
+
+
+def _plus(states: Any, zero: torch.Tensor) -> Any:
+    """Adds a zero to what a model takes, or returns first."""
+    if isinstance(states, torch.Tensor):
+        return states + zero.to(states)
+    if isinstance(states, tuple):
+        return (_plus(states[0], zero), *states[1:])
+    name = next(iter(states))
+    states[name] = _plus(states[name], zero)
+    return states
