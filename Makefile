@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One process of tests for each core, and the tests of a file in one of them, since they share models.
+PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
 .PHONY: quickstart benchmark test test-versions test-lowest test-newest test-deepspeed models style lint clean
 
@@ -13,7 +15,7 @@ benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
 # Runs all checks on the models of tests/families and writes docs/models.md.
 models: $(VENV)/installed
@@ -25,13 +27,13 @@ test-versions: test-lowest test-newest
 # The versions of torchao that PEFT takes need a later torch than the lowest, and so does compiling models of transformers.
 # TRL needs later versions of accelerate and datasets, FSDP2 a later accelerate.
 test-lowest: $(VENV)-lowest/installed
-	$(VENV)-lowest/bin/python -m pytest --ignore=tests/test_quantised.py --ignore=tests/test_compile.py \
+	$(VENV)-lowest/bin/$(PYTEST) --ignore=tests/test_quantised.py --ignore=tests/test_compile.py \
 		--ignore=tests/test_trl.py \
 		--deselect=tests/test_upstream.py::TestCompiling \
 		--deselect="tests/test_processes.py::test_two_processes[fsdp2]" $(ARGS)
 
 test-newest: $(VENV)-newest/installed
-	$(VENV)-newest/bin/python -m pytest $(ARGS)
+	$(VENV)-newest/bin/$(PYTEST) $(ARGS)
 
 # DeepSpeed is built against the torch that is there, with what it needs on CPUs (takes g++ and some minutes).
 test-deepspeed: $(VENV)-deepspeed/installed
