@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .rows import Rows
 
@@ -39,9 +40,9 @@ def attend_eager(
 def attend_sdpa(
     attend: Callable, module: nn.Module, rows: Rows, query, key, value, attention_mask, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attends with rows in front of key and value, with torch's `scaled_dot_product_attention`."""
+    """Attends with rows in front of key and value, with torch's `scaled_dot_product_attention` or by its equation."""
     is_plain = not kwargs.get("dropout") and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
-    if query.shape[2] == 1 and is_plain:
+    if query.shape[2] == 1 and attend is sdpa_attention_forward and is_plain:
         return _attend_one_query(rows, query, key, value, attention_mask, kwargs.get("scaling")), None
     if attention_mask is not None or query.shape[2] == 1 or not is_causal(module, kwargs):
         return attend_masked(attend, module, rows, query, key, value, attention_mask, **kwargs)
@@ -70,20 +71,22 @@ def _attend_one_query(
     Attends with one query for each sample, to rows and tokens side by side.
 
     While tokens are decoded, there is one query and a long cache. To put rows in front of that would copy all of it
-    for every token, which takes more time than to attend to it.
+    for every token, which takes more time than to attend to it. As in "eager" attention, scores are rounded to the
+    precision of the queries.
     """
+    hidden = torch.finfo(query.dtype).min
     batch_size, num_heads, _, head_dim = query.shape
     grouped = (batch_size, key.shape[1], num_heads // key.shape[1])
     query = query.reshape(*grouped, head_dim) * (head_dim**-0.5 if scaling is None else scaling)
     scores_of_rows = query @ rows.key.to(query.dtype).mT
     scores_of_tokens = query @ key.mT
     if rows.visible is not None:
-        scores_of_rows = scores_of_rows.masked_fill(~rows.visible[:, None, None], -torch.inf)
+        scores_of_rows = scores_of_rows.masked_fill(~rows.visible[:, None, None], hidden)
     if attention_mask is not None:
         if attention_mask.shape[1] > 1:
             attention_mask = attention_mask.reshape(-1, *grouped[1:], attention_mask.shape[-1])
         if attention_mask.dtype == torch.bool:
-            scores_of_tokens = scores_of_tokens.masked_fill(~attention_mask, -torch.inf)
+            scores_of_tokens = scores_of_tokens.masked_fill(~attention_mask, hidden)
         else:
             scores_of_tokens = scores_of_tokens + attention_mask
     weights = torch.cat([scores_of_rows, scores_of_tokens], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -93,8 +96,8 @@ def _attend_one_query(
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether an attention module hides keys behind each query, as transformers decides it."""
-    is_causal = kwargs.get("is_causal")
-    return getattr(module, "is_causal", True) if is_causal is None else is_causal
+    argument = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if argument is None else argument
 
 
 def widen_mask(

@@ -21,6 +21,10 @@ from .errors import UnsupportedModelError
 from .rows import Rows
 
 
+# Arguments that tell where packed sequences begin, and how long the longest is.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
 def attend_flash(
     attend: Callable,
     module: nn.Module,
@@ -40,12 +44,15 @@ def attend_flash(
         attention_mask (`torch.Tensor` of shape `(batch_size, key_length)`, *optional*):
             1 for tokens, 0 for padding.
     """
+    packing: dict[str, Any] = {}
     if attention_mask is None:
-        boundaries, max_length = _find_packed(query, key, kwargs)
+        packing = _find_packed(query, kwargs)
+        # Positions have nothing more to tell, and would not fit to keys with rows in front.
+        kwargs = {**kwargs, **dict.fromkeys(PACKING), **packing, "position_ids": None}
     else:
         # Keys behind the mask are those of an empty static cache; transformers cuts them off the same way.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-        boundaries, max_length = None, key.shape[2]
+    boundaries, max_length = packing.get("cu_seq_lens_k"), packing.get("max_length_k", key.shape[2])
     if (window := kwargs.get("sliding_window")) is not None:
         if max_length > window:
             return _attend_in_window(module, rows, query, key, value, attention_mask, boundaries, kwargs)
@@ -63,30 +70,26 @@ def attend_flash(
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-def _find_packed(
-    query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
-) -> tuple[torch.Tensor | None, int | torch.Tensor]:
+def _find_packed(query: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    Finds sequences that are packed into one, where the arguments tell it or positions that start anew. Writes the
-    former into the arguments then.
+    Finds sequences that are packed into one, as transformers does: by arguments, or by positions that start anew.
 
     Returns:
-        `tuple[torch.Tensor | None, int | torch.Tensor]`: Their boundaries, of shape `(num_sequences + 1,)`, or `None`
-        if there is one sequence, and the greatest length.
+        `dict[str, Any]`: The arguments that tell it: boundaries of queries and of keys, and the greatest lengths.
+        Empty if there is one sequence.
     """
-    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    if all(kwargs.get(name) is not None for name in names):
-        return kwargs["cu_seq_lens_k"], kwargs["max_length_k"]
+    packing = {name: kwargs.get(name) for name in PACKING}
+    if all(value is not None for value in packing.values()):
+        return packing
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.dim() != 2 or len(query) > 1 or query.shape[2] == 1:
-        return None, key.shape[2]
+        return {}
     starts = (position_ids[0] == position_ids.min()).nonzero().flatten()
     if len(starts) == 1:
-        return None, key.shape[2]
+        return {}
     boundaries = nn.functional.pad(starts, (0, 1), value=query.shape[2]).to(torch.int32)
     max_length = int(boundaries.diff().max())
-    kwargs |= dict(zip(names, (boundaries, boundaries, max_length, max_length)))
-    return boundaries, max_length
+    return dict(zip(PACKING, (boundaries, boundaries, max_length, max_length)))
 
 
 def _put_in_front_of_each(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from .dense import attend_masked
-from .rows import Rows
+from .rows import Rows, pad_rows
 
 
 def attend_flex(
@@ -24,13 +24,9 @@ def attend_flex(
     """Attends with rows in front of key and value."""
     if not isinstance(attention_mask, BlockMask):
         return attend_masked(attend, module, rows, query, key, value, attention_mask, **kwargs)
-    block_mask, padding = widen_block_mask(attention_mask, len(rows), rows.visible)
-    key, value = Rows(*(_padded(part, padding) for part in (rows.key, rows.value))).put_in_front(key, value)
+    block_mask, num_rows = widen_block_mask(attention_mask, len(rows), rows.visible)
+    key, value = Rows(pad_rows(rows.key, num_rows), pad_rows(rows.value, num_rows)).put_in_front(key, value)
     return attend(module, query, key, value, block_mask, **kwargs)
-
-
-def _padded(rows: torch.Tensor, padding: int) -> torch.Tensor:
-    return nn.functional.pad(rows, (0, 0, 0, padding))
 
 
 def widen_block_mask(
@@ -48,13 +44,13 @@ def widen_block_mask(
             Which rows each sample sees. `None` if it sees all.
 
     Returns:
-        `tuple[BlockMask, int]`: The mask of rows, padding and tokens, and how much padding fills the rows' last block.
+        `tuple[BlockMask, int]`: The mask of rows, padding and tokens, and the number of rows and padding together.
     """
     block_size = block_mask.BLOCK_SIZE[1]
     num_blocks = -(-num_rows // block_size)
     start = num_blocks * block_size
     if visible is not None:
-        visible = _padded(visible[..., None], start - num_rows)[..., 0]
+        visible = pad_rows(visible[..., None], start)[..., 0]
 
     def mask_mod(batch, head, query, key):
         sees_row = key < num_rows if visible is None else visible[batch, key.clamp(max=start - 1)]
@@ -77,4 +73,4 @@ def widen_block_mask(
         mask_mod=mask_mod,
         seq_lengths=(num_queries, start + num_keys),
     )
-    return widened, start - num_rows
+    return widened, start

@@ -14,7 +14,6 @@ from .anatomy import Connector, Site
 from .attention import attend_to_rows, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
-from .packing import check_packing
 from .positions import find_arguments, prompt_arguments
 from .rows import Rows
 from .samples import SampleAdapters, sample_adapters
@@ -93,15 +92,21 @@ class M2PTAttention(M2PTLayer):
         if not adapters:
             return self.base_layer(*args, **kwargs)
         extend_attention_function(self.base_layer, self.site.path)
-        arguments = dict(zip((argument.name for argument in self._arguments), args), **kwargs)
-        if self.site.kind == "textual":
-            check_packing(self.base_layer, self.site.path, arguments)
+        arguments = self.name_arguments(args, kwargs)
         samples = sample_adapters()
         if samples is None:
             rows = self._rows([tuple(adapters)], arguments)[0]
         else:
             rows = self._rows_of_samples(samples, adapters, arguments)
         return attend_to_rows(self.base_layer, self.site.path, rows, args, kwargs)
+
+    def name_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        return dict(zip((argument.name for argument in self._arguments), args), **kwargs)
+
+    def input_of(self, arguments: dict[str, Any]) -> torch.Tensor:
+        """The hidden states among the arguments of a call."""
+        return arguments[self._arguments[0].name]
 
     @property
     def is_active(self) -> bool:
@@ -120,7 +125,7 @@ class M2PTAttention(M2PTLayer):
         """The rows of each sample's own adapter: as a batch, or one after the other where images are packed."""
         rows = dict(zip(adapters, self._rows([(name,) for name in adapters], arguments)))
         boundaries = arguments.get("cu_seqlens")
-        num_parts = len(arguments[self._arguments[0].name]) if boundaries is None else len(boundaries) - 1
+        num_parts = len(self.input_of(arguments)) if boundaries is None else len(boundaries) - 1
         if self.site.kind == "textual":
             names = samples.of_tokens(num_parts)
         else:
@@ -143,7 +148,7 @@ class M2PTAttention(M2PTLayer):
         if cache is None:
             self._forget_rows()
             return [self._record(adapters, arguments) for adapters in groups]
-        tokens = arguments[self._arguments[0].name]
+        tokens = self.input_of(arguments)
         device_type = tokens.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         key = (tokens.dtype, tokens.device, autocast, *groups)
@@ -162,18 +167,26 @@ class M2PTAttention(M2PTLayer):
         if self._kept is not None:
             self._kept = None
 
-    def _sources(self, adapters: Sequence[str]) -> list[torch.Tensor]:
-        """The weights from which key and value of the prompts are computed."""
+    def _sources(self, adapters: Sequence[str]) -> list[nn.Module]:
+        """The modules from whose weights key and value of the prompts are computed."""
         modules = [*(getattr(self.site.block, name) for name in self.site.norms), self.base_layer]
         for name in adapters:
             modules += [prompts[name] for prompts in (self.m2pt_prompt, self.m2pt_interaction) if name in prompts]
         if self.site.connector is not None:
             modules.append(self.site.connector.module)
-        return [parameter for module in modules for parameter in module.parameters()]
+        return modules
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._forget_rows()
+        super().set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._forget_rows()
+        super().delete_adapter(adapter_name)
 
     def _record(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
         """Lets the base layer compute key and value of the prompts, in a batch of 1."""
-        tokens = arguments[self._arguments[0].name]
+        tokens = self.input_of(arguments)
         prompts = [self._prompt(name, tokens.dtype) for name in adapters]
         hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
         lengths = [len(prompt) for prompt in prompts] if self.site.kind == "textual" else None
@@ -199,23 +212,47 @@ def _find_cache(arguments: dict[str, Any]) -> Any:
 
 
 class _KeptRows:
-    """Rows for one cache, which stay right as long as none of the tensors changes that they were computed from."""
+    """Rows for one cache, which stay right as long as none of the weights changes that they were computed from."""
 
-    def __init__(self, rows: list[Rows], cache: Any, key: tuple[Any, ...], sources: Sequence[torch.Tensor]) -> None:
+    def __init__(self, rows: list[Rows], cache: Any, key: tuple[Any, ...], sources: Sequence[nn.Module]) -> None:
         self.rows = rows
         self.cache = weakref.ref(cache)
         self.key = key
-        self.sources = sources
-        # torch counts the changes of every tensor, except of those made in inference mode.
-        self.are_counted = not any(source.is_inference() for source in sources)
-        self.version = self._count_changes() if self.are_counted else None
+        self.weights = [
+            _Weight(module._parameters, name)
+            for source in sources
+            for module in source.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
 
     def hold_for(self, cache: Any, key: tuple[Any, ...]) -> bool:
         """Whether these are the rows for the next token of a cache."""
         if self.cache() is not cache or self.key != key:
             return False
-        # A compiled step cannot count: it takes the rows of the step before as they are.
-        return torch.compiler.is_compiling() or (self.are_counted and self.version == self._count_changes())
+        # A compiled step does not look at weights: it takes the rows of the step before as they are.
+        return torch.compiler.is_compiling() or all(weight.is_unchanged() for weight in self.weights)
 
-    def _count_changes(self) -> int:
-        return sum(source._version for source in self.sources)
+
+class _Weight:
+    """A weight of a module, as it was."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter | None], name: str) -> None:
+        self.parameters = parameters
+        self.name = name
+        self.tensor = parameters[name]
+        # torch counts the changes of every tensor, except of those made in inference mode.
+        self.version = None if self.tensor.is_inference() else self.tensor._version
+        self.pointer = _pointer(self.tensor)
+
+    def is_unchanged(self) -> bool:
+        tensor = self.parameters[self.name]
+        if tensor is not self.tensor:
+            # What is offloaded is another stand-in after every call.
+            return tensor.is_meta and self.tensor.is_meta
+        return self.version is not None and tensor._version == self.version and _pointer(tensor) == self.pointer
+
+
+def _pointer(tensor: torch.Tensor) -> int | None:
+    # Quantised and sharded weights have no memory of their own.
+    return tensor.data_ptr() if type(tensor) is nn.Parameter else None

@@ -27,6 +27,7 @@ from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
+from .packing import refuse_mixed_sequences
 from .processes import let_take_part
 from .register import PREFIX
 from .report import describe
@@ -193,6 +194,7 @@ class M2PTModel(BaseTuner):
             layer.hooks += let_gradients_in(model, tower_path, layer.site.path)
             if kind == "textual":
                 layer.hooks += count_from_first_token(model, layer)
+                layer.hooks += refuse_mixed_sequences(layer)
             layer.hooks += refuse_later_adapters(model, self.peft_config)
         if has_tower(model, "textual", config):
             self._prepare_for_processes(model, config, first_layers)

@@ -2,62 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.hooks import RemovableHandle
 
 from .errors import UnsupportedModelError
 
+
+if TYPE_CHECKING:
+    from .layer import M2PTAttention
 
 # Implementations that know of packed sequences only by their mask.
 BY_MASK = ("eager", "sdpa", "flex_attention")
 
 
-def check_packing(attention: nn.Module, path: str, arguments: dict[str, Any]) -> None:
+def refuse_mixed_sequences(layer: M2PTAttention) -> list[RemovableHandle]:
     """
-    Checks that sequences that share a row do not see each other.
+    Lets the language model refuse sequences that share a row and would see each other.
 
     Every token sees all prompts, whatever the sequence that it belongs to, so a packed sequence has the logits that it
-    has alone if nothing else mixes them. All but flash attention know of packing only by their mask, which some
-    models, such as those with several axes of positions, do not make for it.
+    has alone if nothing else mixes them. All but flash attention know of packing only by their mask, which
+    transformers does not make for some models, nor for any if there is a cache.
 
     Args:
-        attention (`nn.Module`):
-            An attention module of the language model.
-        path (`str`):
-            Its module path, for the error message.
-        arguments (`dict[str, Any]`):
-            What it is called with.
+        layer ([`~peft_m2pt.layer.M2PTAttention`]):
+            The first layer with prompts in the language model. The others get the same mask.
 
-    Raises:
-        UnsupportedModelError: If they would.
+    Returns:
+        `list[RemovableHandle]`: The hooks.
     """
-    boundaries = arguments.get("cu_seq_lens_q")
-    if boundaries is None or len(boundaries) <= 2:
+    return [layer.register_forward_pre_hook(_check_packing, with_kwargs=True)]
+
+
+def _check_packing(layer: M2PTAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    implementation = layer.base_layer.config._attn_implementation
+    if implementation not in BY_MASK or not layer.is_active:
         return
-    implementation = attention.config._attn_implementation
-    if implementation in BY_MASK and _mixes(arguments.get("attention_mask"), boundaries):
+    arguments = layer.name_arguments(args, kwargs)
+    attention_mask, boundaries = arguments.get("attention_mask"), arguments.get("cu_seq_lens_q")
+    if torch.compiler.is_compiling():
+        # What is in a tensor is not known then.
+        mixes = boundaries is not None and len(boundaries) > 2 and attention_mask is None
+    else:
+        tokens = layer.input_of(arguments)
+        starts = _find_starts(boundaries, arguments.get("position_ids"), tokens.shape[:2])
+        mixes = len(starts) > 0 and _mixes(attention_mask, starts)
+    if mixes:
         raise UnsupportedModelError(
-            f"The batch has {len(boundaries) - 1} sequences packed into one row, but with attn_implementation="
-            f"{implementation!r} this model makes no mask for '{path}' that keeps them apart, so their tokens would "
-            f"see each other. Call it with use_cache=False, since transformers looks for packed sequences only then. "
-            f"If that is not enough, train with packing=False and padding_free=False, or with "
+            f"The batch has several sequences packed into one row, but with attn_implementation={implementation!r} "
+            f"this model makes no mask for '{layer.site.path}' that keeps them apart, so their tokens would see each "
+            f"other. Call it with use_cache=False, since transformers looks for packed sequences only then. If that "
+            f"is not enough, train with packing=False and padding_free=False, or with "
             f"attn_implementation='flash_attention_2'."
         )
 
 
-def _mixes(attention_mask: torch.Tensor | BlockMask | None, boundaries: torch.Tensor) -> bool:
-    """Whether the first token of the second sequence sees the last one of the first."""
+def _find_starts(
+    boundaries: torch.Tensor | None, position_ids: torch.Tensor | None, shape: tuple[int, int]
+) -> torch.Tensor | list[int]:
+    """Where each sequence behind the first one starts."""
+    batch_size, num_tokens = shape
+    if boundaries is not None:
+        return boundaries[(boundaries > 0) & (boundaries < num_tokens)].long()
+    if position_ids is None or position_ids.dim() != 2 or batch_size > 1 or num_tokens == 1:
+        return []
+    return (position_ids[0].diff() < 0).nonzero().flatten() + 1
+
+
+def _mixes(attention_mask: torch.Tensor | BlockMask | None, starts: torch.Tensor) -> bool:
+    """Whether the first token of a sequence sees the last one of the sequence before."""
     if attention_mask is None:
         return True
-    if torch.compiler.is_compiling():
-        # What is in a mask is not known then.
-        return False
-    token = boundaries[1]
     if isinstance(attention_mask, BlockMask):
-        first = torch.zeros_like(token)
-        return bool(attention_mask.mask_mod(first, first, token, token - 1))
-    entry = attention_mask[0, 0, token, token - 1]
-    return bool(entry) if entry.dtype == torch.bool else bool(entry == 0)
+        first = torch.zeros_like(starts)
+        return bool(attention_mask.mask_mod(first, first, starts, starts - 1).any())
+    entries = attention_mask[0, 0, starts, starts - 1]
+    return bool((entries if entries.dtype == torch.bool else entries == 0).any())

@@ -51,20 +51,21 @@ class Rows:
         some = next((row for row in rows if row is not None), None)
         if some is None:
             return None
-        counts = [0 if row is None else len(row) for row in rows]
-        positions = torch.arange(max(counts), device=some.key.device)
-        visible = positions < torch.tensor(counts, device=some.key.device)[:, None]
-        key, value = (
-            torch.cat([_padded(None if row is None else getattr(row, name), part, max(counts)) for row in rows])
-            for name, part in (("key", some.key), ("value", some.value))
-        )
-        return Rows(key, value, None if min(counts) == max(counts) else visible)
+        none = Rows(some.key[:, :, :0], some.value[:, :, :0])
+        rows = [none if row is None else row for row in rows]
+        counts = [len(row) for row in rows]
+        key = torch.cat([pad_rows(row.key, max(counts)) for row in rows])
+        value = torch.cat([pad_rows(row.value, max(counts)) for row in rows])
+        if min(counts) == max(counts):
+            return Rows(key, value)
+        positions = torch.arange(max(counts), device=key.device)
+        return Rows(key, value, positions < torch.tensor(counts, device=key.device)[:, None])
 
 
 def _put_in_front(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)
 
 
-def _padded(rows: torch.Tensor | None, like: torch.Tensor, num_rows: int) -> torch.Tensor:
-    rows = like[:, :, :0] if rows is None else rows
-    return nn.functional.pad(rows, (0, 0, 0, num_rows - rows.shape[2]))
+def pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Adds zeros behind the rows of a tensor of shape `(..., length, width)`, up to a number of rows."""
+    return nn.functional.pad(rows, (0, 0, 0, num_rows - rows.shape[-2]))

@@ -91,11 +91,11 @@ def sample_adapters() -> SampleAdapters | None:
 @contextmanager
 def using(samples: SampleAdapters) -> Iterator[None]:
     """While this context is open, each sample uses its own adapter."""
-    _current.samples = samples
+    before, _current.samples = _current.samples, samples
     try:
         yield
     finally:
-        _current.samples = None
+        _current.samples = before
 
 
 def describe_samples(

@@ -67,6 +67,7 @@ def flash_attn_varlen_func(
 
 
 def _attend(q, k, v, softmax_scale, causal, window_size, softcap):
+    assert q.dtype == k.dtype == v.dtype
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)

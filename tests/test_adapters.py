@@ -10,6 +10,7 @@ from models import adapt, make_config, make_inputs, make_llava, randomise, train
 
 import peft_m2pt.layer
 from peft_m2pt import M2PTAttention
+from peft_m2pt.base import M2PTPrompt
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -242,3 +243,43 @@ def test_weights_that_change_between_two_tokens(part):
         return logits
 
     assert not torch.equal(run(change_after=2), run(change_after=None))
+
+
+def replace_weights(peft_model):
+    for module in peft_model.modules():
+        if isinstance(module, M2PTPrompt):
+            module.weight = torch.nn.Parameter(1.2 * module.weight.detach())
+
+
+def add_again(peft_model):
+    peft_model.add_adapter("other", make_config(num_textual_tokens=2))
+    peft_model.set_adapter("other")
+    peft_model.delete_adapter("default")
+    peft_model.add_adapter("default", make_config())
+    randomise(peft_model, seed=11)
+    peft_model.set_adapter("default")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_weights,
+        lambda model: model.load_state_dict(scaled_state(model), assign=True),
+        lambda model: [setattr(p, "data", 1.2 * p.data) for p in trained_by(model).values()],
+        add_again,
+    ],
+    ids=["weights", "state dict", "data", "adapter"],
+)
+@torch.no_grad()
+def test_weights_that_are_replaced_between_two_tokens(change):
+    input_ids = make_inputs(images=False)["input_ids"]
+    peft_model = adapt(make_llava())
+    cache = peft_model(input_ids, use_cache=True).past_key_values
+    peft_model(input_ids[:, :1], past_key_values=cache)
+    unchanged = copy.deepcopy(cache)
+    before = copy.deepcopy(peft_model)(input_ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    change(peft_model)
+    logits = peft_model.eval()(input_ids[:, :1], past_key_values=cache).logits
+    expected = copy.deepcopy(peft_model)(input_ids[:, :1], past_key_values=unchanged).logits
+    assert torch.equal(logits, expected)
+    assert not torch.equal(logits, before)

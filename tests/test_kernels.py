@@ -115,6 +115,20 @@ class TestPacking:
         self.check(adapt(make_llava(text=text, attn="flash_attention_2")), samples, packed)
 
 
+def test_positions_that_tell_of_no_packing():
+    """A gap, or the places of patches in a grid that is wider than the image: one sequence all the same."""
+    inputs = {"input_ids": torch.arange(3, 12)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 4, 8, 9, 10, 11]])}
+    # Without a cache, transformers takes a gap for the start of a sequence in its masks, and not for flash attention.
+    expected = adapt(make_llava())(**inputs, use_cache=True).logits
+    assert_close(adapt(make_llava(attn="flash_attention_2"))(**inputs, use_cache=False).logits, expected)
+    family = next(family for family in FAMILIES if family.name == "mistral3")
+    outputs = []
+    for attn in ("sdpa", "flash_attention_2"):
+        tower = Tuned(family).tune(attn).base_model.model.model.vision_tower
+        outputs.append(tower(torch.ones(1, 3, 24, 16), image_sizes=torch.tensor([[24, 16]])).last_hidden_state)
+    assert_close(*outputs)
+
+
 def test_window_longer_than_the_tokens_takes_the_kernel():
     """Prompts are never outside of the window, however long they are."""
     inputs = {"input_ids": torch.arange(3, 3 + SLIDING_WINDOW)[None]}

@@ -261,7 +261,7 @@ TWO_SEQUENCES = {
 
 
 def refusal(attn):
-    return f"2 sequences packed.*attn_implementation='{attn}'.*'model.language_model.layers.0.self_attn'"
+    return f"several sequences packed.*attn_implementation='{attn}'.*'model.language_model.layers.0.self_attn'"
 
 
 @pytest.fixture
@@ -316,11 +316,21 @@ class TestPacking:
         with pytest.raises(ValueError, match=f"{message} is .*not supported for vision datasets"):
             self.make_trainer(tmp_path, **{option: True})
 
+    @pytest.mark.parametrize("names", [("cu_seq_lens_q", "position_ids"), ("position_ids",)], ids="-".join)
     @pytest.mark.parametrize("attn", ["eager", "sdpa", "flex_attention"])
-    def test_refused_with_a_cache(self, attn):
+    def test_refused_with_a_cache(self, attn, names):
         """transformers looks for packed sequences only if there is none."""
+        inputs = {name: TWO_SEQUENCES[name] for name in ("input_ids", *names)}
         with pytest.raises(UnsupportedModelError, match=f"{refusal(attn)}.*use_cache=False"):
-            adapt(make_llava(attn=attn))(**TWO_SEQUENCES, use_cache=True)
+            adapt(make_llava(attn=attn))(**inputs, use_cache=True)
+
+    @pytest.mark.parametrize("boundaries", [[0, 5, 5], [0, 0, 5]], ids=str)
+    @pytest.mark.parametrize("attn", ["eager", "sdpa"])
+    def test_empty_sequences(self, attn, boundaries):
+        model = adapt(make_llava(attn=attn))
+        inputs = {"input_ids": TWO_SEQUENCES["input_ids"]}
+        logits = model(**inputs, cu_seq_lens_q=torch.tensor(boundaries, dtype=torch.int32)).logits
+        assert torch.equal(logits, model(**inputs).logits)
 
     @pytest.mark.parametrize("attn", ["eager", "sdpa"])
     def test_refused_without_a_mask(self, attn):
