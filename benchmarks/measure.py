@@ -23,12 +23,12 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
 
 
 def make_training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Returns what a step of the training does: forward, backward, AdamW."""
+    """Returns what a step of the training does: forward, backward, AdamW. No cache is made, as trainers have it."""
     optimiser = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
 
     def step() -> None:
         model.train()
-        model(**inputs).loss.backward()
+        model(**inputs, use_cache=False).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         model.eval()
