@@ -118,7 +118,7 @@ def main(base: Path, folder: Path) -> None:
         (folder / "results.json").write_text(json.dumps(results))
     trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
-    # An orderly end hangs now and then: models that are taken down wait for the threads of gloo, which wait for Python.
+    # An orderly end hangs now and then: models that are taken down wait for threads of gloo, which wait for Python.
     os._exit(0)
 
 
