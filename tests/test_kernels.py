@@ -63,7 +63,6 @@ MAIN_FAMILIES = {
     "gemma3": KERNELS[1:],  # its images see in both directions, which no flash attention can say
     "idefics3": KERNELS,
     "smolvlm": KERNELS,
-    "mistral3": KERNELS,
     "ovis2": KERNELS,
 }
 
