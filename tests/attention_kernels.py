@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import transformers.masking_utils
 import transformers.modeling_flash_attention_utils as flash_utils
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import WrappedFlexAttention
@@ -96,7 +97,9 @@ def flex_attention(query, key, value, score_mod=None, block_mask=None, scale=Non
         (0, 0, None, None, None),
     ):
         score_mod = torch.vmap(score_mod, in_dims=dims)
-    scores = score_mod(scores, *map(torch.arange, scores.shape))
+    # As torch does around its own kernel: without it, torch 2.6 cannot index a mask under vmap.
+    with TransformGetItemToIndex():
+        scores = score_mod(scores, *map(torch.arange, scores.shape))
     if block_mask is not None:
         assert block_mask.seq_lengths == scores.shape[2:]
         inside = create_mask(block_mask.mask_mod, *block_mask.shape[:2], *scores.shape[2:], device="cpu")
