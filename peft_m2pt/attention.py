@@ -13,6 +13,7 @@ For every other call, in this model or another, it does what the function does t
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import threading
@@ -110,6 +111,10 @@ def _takes_module(value: Any) -> bool:
     return inspect.isfunction(value) and next(iter(inspect.signature(value).parameters), None) == "module"
 
 
+class _Recorded(Exception):
+    """Ends the pass of a module on prompt rows: nobody reads what it would go on to compute."""
+
+
 class _Recorder:
     """Takes the key and value that a module hands to its attention function."""
 
@@ -119,8 +124,7 @@ class _Recorder:
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
         self.rows = Rows(key, value)
-        # Nobody reads the output of this pass; it only has the shape that the module goes on with.
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+        raise _Recorded
 
 
 class _Attender:
@@ -276,7 +280,8 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
     """
     recorder = _Recorder(module)
     # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
-    _run(recorder, module.forward, **arguments)
+    with contextlib.suppress(_Recorded):
+        _run(recorder, module.forward, **arguments)
     if recorder.rows is None:
         raise _goes_round(module, path)
     if recorder.rows.key.shape[0] != 1 or recorder.rows.key.shape[2] != num_rows:

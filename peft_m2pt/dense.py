@@ -20,10 +20,7 @@ def attend_masked(
     attend: Callable, module: nn.Module, rows: Rows, query, key, value, attention_mask, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends with rows in front of key and value. Without a mask, every query sees every key."""
-    if attention_mask is None and rows.visible is not None:
-        attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-    if attention_mask is not None:
-        attention_mask = widen_mask(attention_mask, len(rows), key.shape[2], rows.visible)
+    attention_mask = _mask_with_rows(rows, query, key, attention_mask)
     key, value = rows.put_in_front(key, value)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -43,6 +40,7 @@ def attend_sdpa(
     """Attends with rows in front of key and value, with torch's `scaled_dot_product_attention` or by its equation."""
     is_plain = not kwargs.get("dropout") and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
     if query.shape[2] == 1 and attend is sdpa_attention_forward and is_plain:
+        attention_mask = _mask_with_rows(rows, query, key, attention_mask)
         return _attend_one_query(rows, query, key, value, attention_mask, kwargs.get("scaling")), None
     if attention_mask is not None or query.shape[2] == 1 or not is_causal(module, kwargs):
         return attend_masked(attend, module, rows, query, key, value, attention_mask, **kwargs)
@@ -74,24 +72,36 @@ def _attend_one_query(
     for every token, which takes more time than to attend to it. As in "eager" attention, scores are rounded to the
     precision of the queries.
     """
-    hidden = torch.finfo(query.dtype).min
     batch_size, num_heads, _, head_dim = query.shape
-    grouped = (batch_size, key.shape[1], num_heads // key.shape[1])
-    query = query.reshape(*grouped, head_dim) * (head_dim**-0.5 if scaling is None else scaling)
-    scores_of_rows = query @ rows.key.to(query.dtype).mT
-    scores_of_tokens = query @ key.mT
-    if rows.visible is not None:
-        scores_of_rows = scores_of_rows.masked_fill(~rows.visible[:, None, None], hidden)
+    num_rows = len(rows)
+    # Heads that share a key stand side by side, as several queries of one.
+    query = (query * (head_dim**-0.5 if scaling is None else scaling)).reshape(batch_size * key.shape[1], -1, head_dim)
+    keys_of_rows, values_of_rows = (
+        tensor.to(query.dtype).expand(batch_size, -1, -1, -1).flatten(0, 1) for tensor in (rows.key, rows.value)
+    )
+    scores = torch.cat([torch.bmm(query, keys_of_rows.mT), torch.bmm(query, key.flatten(0, 1).mT)], dim=-1)
     if attention_mask is not None:
-        if attention_mask.shape[1] > 1:
-            attention_mask = attention_mask.reshape(-1, *grouped[1:], attention_mask.shape[-1])
+        by_head = scores.view(batch_size, num_heads, 1, -1)
         if attention_mask.dtype == torch.bool:
-            scores_of_tokens = scores_of_tokens.masked_fill(~attention_mask, hidden)
+            by_head = by_head.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
-            scores_of_tokens = scores_of_tokens + attention_mask
-    weights = torch.cat([scores_of_rows, scores_of_tokens], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
-    output = weights[..., : len(rows)] @ rows.value.to(query.dtype) + weights[..., len(rows) :] @ value
-    return output.reshape(batch_size, 1, num_heads, -1)
+            by_head = by_head + attention_mask
+        scores = by_head.view_as(scores)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    output = torch.bmm(weights[..., num_rows:], value.flatten(0, 1))
+    output = torch.baddbmm(output, weights[..., :num_rows], values_of_rows)
+    return output.view(batch_size, 1, num_heads, -1)
+
+
+def _mask_with_rows(
+    rows: Rows, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The mask for keys with rows in front of them. `None` if every query sees every key."""
+    if attention_mask is None:
+        if rows.visible is None:
+            return None
+        attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+    return widen_mask(attention_mask, len(rows), key.shape[2], rows.visible)
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

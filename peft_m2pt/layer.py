@@ -88,17 +88,17 @@ class M2PTAttention(M2PTLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base layer, which attends to the prompts of the active adapters besides its own tokens."""
-        adapters = self._wanted_adapters()
+        adapters, base_layer = self._wanted_adapters(), self.base_layer
         if not adapters:
-            return self.base_layer(*args, **kwargs)
-        extend_attention_function(self.base_layer, self.site.path)
+            return base_layer(*args, **kwargs)
+        extend_attention_function(base_layer, self.site.path)
         arguments = self.name_arguments(args, kwargs)
         samples = sample_adapters()
         if samples is None:
             rows = self._rows([tuple(adapters)], arguments)[0]
         else:
             rows = self._rows_of_samples(samples, adapters, arguments)
-        return attend_to_rows(self.base_layer, self.site.path, rows, args, kwargs)
+        return attend_to_rows(base_layer, self.site.path, rows, args, kwargs)
 
     def name_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
@@ -219,7 +219,7 @@ class _KeptRows:
         self.cache = weakref.ref(cache)
         self.key = key
         self.weights = [
-            _Weight(module._parameters, name)
+            (module._parameters, name, weight, _version(weight), _pointer(weight))
             for source in sources
             for module in source.modules()
             for name, weight in module._parameters.items()
@@ -231,28 +231,28 @@ class _KeptRows:
         if self.cache() is not cache or self.key != key:
             return False
         # A compiled step does not look at weights: it takes the rows of the step before as they are.
-        return torch.compiler.is_compiling() or all(weight.is_unchanged() for weight in self.weights)
+        return torch.compiler.is_compiling() or self._weights_are_unchanged()
+
+    def _weights_are_unchanged(self) -> bool:
+        # Every layer asks for every token.
+        for parameters, name, weight, version, pointer in self.weights:
+            now = parameters[name]
+            if now is not weight:
+                # What is offloaded is another stand-in after every call.
+                if not (now.is_meta and weight.is_meta):
+                    return False
+            elif version is None or now._version != version:
+                return False
+            elif pointer is not None and now.data_ptr() != pointer:
+                return False
+        return True
 
 
-class _Weight:
-    """A weight of a module, as it was."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter | None], name: str) -> None:
-        self.parameters = parameters
-        self.name = name
-        self.tensor = parameters[name]
-        # torch counts the changes of every tensor, except of those made in inference mode.
-        self.version = None if self.tensor.is_inference() else self.tensor._version
-        self.pointer = _pointer(self.tensor)
-
-    def is_unchanged(self) -> bool:
-        tensor = self.parameters[self.name]
-        if tensor is not self.tensor:
-            # What is offloaded is another stand-in after every call.
-            return tensor.is_meta and self.tensor.is_meta
-        return self.version is not None and tensor._version == self.version and _pointer(tensor) == self.pointer
+def _version(weight: torch.Tensor) -> int | None:
+    # torch counts the changes of every tensor, except of those made in inference mode.
+    return None if weight.is_inference() else weight._version
 
 
-def _pointer(tensor: torch.Tensor) -> int | None:
+def _pointer(weight: torch.Tensor) -> int | None:
     # Quantised and sharded weights have no memory of their own.
-    return tensor.data_ptr() if type(tensor) is nn.Parameter else None
+    return weight.data_ptr() if type(weight) is nn.Parameter else None

@@ -42,11 +42,11 @@ def _check_packing(layer: M2PTAttention, args: tuple[Any, ...], kwargs: dict[str
         return
     arguments = layer.name_arguments(args, kwargs)
     attention_mask, boundaries = arguments.get("attention_mask"), arguments.get("cu_seq_lens_q")
-    if torch.compiler.is_compiling():
+    tokens = layer.input_of(arguments)
+    if torch.compiler.is_compiling() or tokens.is_meta:
         # What is in a tensor is not known then.
         mixes = boundaries is not None and len(boundaries) > 2 and attention_mask is None
     else:
-        tokens = layer.input_of(arguments)
         starts = _find_starts(boundaries, arguments.get("position_ids"), tokens.shape[:2])
         mixes = len(starts) > 0 and _mixes(attention_mask, starts)
     if mixes:

@@ -192,3 +192,11 @@ def test_a_base_without_weights():
     peft_model = get_peft_model(model, make_config(init_prompts="vocabulary"))
     assert peft_model.peft_config["default"].num_interaction_tokens == 2
     assert all(parameter.is_meta for parameter in peft_model.parameters())
+
+
+def test_a_forward_pass_without_weights():
+    # As tools run it that estimate memory or count operations.
+    with torch.device("meta"):
+        peft_model = get_peft_model(make_llava(), make_config())
+        logits = peft_model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits
+    assert logits.is_meta and logits.shape[:2] == (1, 5)
