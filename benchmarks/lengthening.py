@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class Lengthening:
     """
 
     def __init__(self, layer: nn.Module, num_tokens: int, width: int, rotary: nn.Module | None = None) -> None:
-        layer.prompt = nn.Parameter(torch.empty(num_tokens, width, device=next(layer.parameters()).device))
-        nn.init.xavier_uniform_(layer.prompt)
+        layer.prompt = _new_prompt(layer, num_tokens, width)
         self.rotary = rotary
         layer.register_forward_pre_hook(self.put_in_front, with_kwargs=True)
         # In front of the hook with which transformers collects the hidden states.
@@ -55,7 +55,39 @@ class Lengthening:
         return output[:, self.num_rows :]
 
 
-def lengthen(model: PreTrainedModel, num_visual_tokens: int, num_textual_tokens: int) -> PreTrainedModel:
+class LengtheningConnector(nn.Module):
+    """
+    A trainable copy of the connector, which the visual prompts of the last state go through in front of the image.
+
+    Args:
+        connector (`nn.Module`):
+            The connector.
+        num_tokens (`int`):
+            Number of prompt vectors. Each becomes a token of the language model.
+        width (`int`):
+            Their width.
+    """
+
+    def __init__(self, connector: nn.Module, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.connector = copy.deepcopy(connector).requires_grad_()
+        self.prompt = _new_prompt(connector, num_tokens, width) if num_tokens > 0 else None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.prompt is not None:
+            features = torch.cat([self.prompt.to(features.dtype).expand(len(features), -1, -1), features], dim=1)
+        return self.connector(features)
+
+
+def _new_prompt(module: nn.Module, num_tokens: int, width: int) -> nn.Parameter:
+    prompt = nn.Parameter(torch.empty(num_tokens, width, device=next(module.parameters()).device))
+    nn.init.xavier_uniform_(prompt)
+    return prompt
+
+
+def lengthen(
+    model: PreTrainedModel, num_visual_tokens: int, num_textual_tokens: int, through_connector: bool
+) -> PreTrainedModel:
     """
     Puts prompts in front of the sequences of the layers of a LLaVA.
 
@@ -66,6 +98,9 @@ def lengthen(model: PreTrainedModel, num_visual_tokens: int, num_textual_tokens:
             Prompt vectors in each layer of the vision encoder up to the one that the model reads.
         num_textual_tokens (`int`):
             Prompt vectors in each layer of the language model.
+        through_connector (`bool`):
+            Whether as many visual prompts go through the connector, which is tuned then. Inputs need a placeholder
+            for each.
     """
     vision, text = model.model.vision_tower, model.model.language_model
     if num_visual_tokens > 0:
@@ -73,4 +108,9 @@ def lengthen(model: PreTrainedModel, num_visual_tokens: int, num_textual_tokens:
             Lengthening(layer, num_visual_tokens, vision.config.hidden_size)
     for layer in text.layers:
         Lengthening(layer, num_textual_tokens, text.config.hidden_size, text.rotary_emb)
+    if through_connector:
+        width = vision.config.hidden_size
+        model.model.multi_modal_projector = LengtheningConnector(
+            model.model.multi_modal_projector, num_visual_tokens, width
+        )
     return model

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 from peft import PeftModel
@@ -68,14 +70,13 @@ class Stopwatch(BaseStreamer):
 
 
 def decoding_seconds(model: nn.Module, inputs: dict[str, torch.Tensor], num_tokens: int) -> float:
-    """Seconds for each token behind the first, with `generate`: greedy, with a dynamic cache, one sample."""
+    """Seconds for a token behind the first (median), with `generate`: greedy, with a dynamic cache, one sample."""
     inputs = {name: value[: len(value) // len(inputs["input_ids"])] for name, value in without_labels(inputs).items()}
     stopwatch = Stopwatch()
     number = {"min_new_tokens": num_tokens + 1, "max_new_tokens": num_tokens + 1}
     model.generate(**inputs, **number, do_sample=False, streamer=stopwatch)
     # The first entry is the prompt, the second the token that comes from the forward pass on it.
-    _, first, *_, last = stopwatch.times
-    return (last - first) / num_tokens
+    return median(after - before for before, after in pairwise(stopwatch.times[1:]))
 
 
 def peak_bytes(function: Callable[[], None], device: str) -> int:

@@ -31,11 +31,14 @@ class Method:
             Adapts a model and returns it. It may change it in place.
         trains (`bool`, defaults to `True`):
             Whether there is something to train.
+        num_more_image_tokens (`int`, defaults to 0):
+            Placeholders that its inputs have besides those of the image.
     """
 
     name: str
     adapt: Callable[[PreTrainedModel], nn.Module]
     trains: bool = True
+    num_more_image_tokens: int = 0
 
     def apply(self, base: PreTrainedModel) -> nn.Module:
         """Adapts a copy of a model, which shares its weights."""
@@ -70,9 +73,19 @@ def prompts_only(num_visual_tokens: int, num_textual_tokens: int) -> Method:
 
 
 def lengthened(num_visual_tokens: int, num_textual_tokens: int) -> Method:
-    """M2PT by longer sequences, without interaction prompts, and with the frozen connector."""
+    """M2PT by longer sequences, as the official code does it: visual prompts go on through the tuned connector."""
     name = f"lengthening {num_visual_tokens, num_textual_tokens}"
-    return Method(name, lambda model: lengthen(model, num_visual_tokens, num_textual_tokens))
+    return Method(
+        name,
+        lambda model: lengthen(model, num_visual_tokens, num_textual_tokens, through_connector=True),
+        num_more_image_tokens=num_visual_tokens,
+    )
+
+
+def lengthened_prompts_only(num_visual_tokens: int, num_textual_tokens: int) -> Method:
+    """M2PT by longer sequences, without interaction prompts, and with the frozen connector."""
+    name = f"lengthening {num_visual_tokens, num_textual_tokens}, prompts only"
+    return Method(name, lambda model: lengthen(model, num_visual_tokens, num_textual_tokens, through_connector=False))
 
 
 def lora(dims: Llava | QwenVL) -> Method:
@@ -93,7 +106,7 @@ def all_methods(dims: Llava | QwenVL) -> list[Method]:
     for numbers in NUMBERS:
         methods += [m2pt(*numbers), prompts_only(*numbers)]
         if isinstance(dims, Llava):
-            methods.append(lengthened(*numbers))
+            methods += [lengthened(*numbers), lengthened_prompts_only(*numbers)]
     return methods
 
 

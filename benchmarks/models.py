@@ -234,6 +234,7 @@ def make_inputs(
     dims: Llava | QwenVL,
     batch_size: int | None = None,
     num_text_tokens: int | None = None,
+    num_more_image_tokens: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
@@ -243,7 +244,7 @@ def make_inputs(
     image_token = dims.text["vocab_size"] - 1
     torch.manual_seed(1)
     text = torch.randint(3, image_token - 2, (batch_size, num_text_tokens))
-    image = torch.full((batch_size, dims.num_image_tokens), image_token)
+    image = torch.full((batch_size, dims.num_image_tokens + num_more_image_tokens), image_token)
     input_ids = torch.cat([text[:, :2], image, text[:, 2:]], dim=1)
     inputs = {
         "input_ids": input_ids,

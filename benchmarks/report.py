@@ -87,7 +87,7 @@ def list_aims(results: dict[str, Any]) -> list[tuple[str, float, float]]:
             (few, "train", LORA, 1.03),
             (few, "peak_bytes", LORA, 1.0),
             (few, "saved_bytes", LORA, 1.0),
-            (many, "train", f"lengthening {NUMBERS[1]}", 0.75),
+            (many, "train", f"lengthening {NUMBERS[1]}{kind}", 0.75),
         ]
         for name, quantity, reference, limit in wanted:
             if reference in methods:

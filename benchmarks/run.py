@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from . import measure
-from .methods import all_methods, copy_sharing_weights, growing_methods, lora, m2pt, prompts_only
+from .methods import Method, all_methods, copy_sharing_weights, growing_methods, lora, m2pt, prompts_only
 from .models import DIMS, Llava, QwenVL, make_hollow_model, make_inputs, make_model
 
 
-NUM_DECODED = 16
+NUM_DECODED = 32
 
 # Samples, and how many times as many text tokens as otherwise.
 GROWTH = ((1, 1), (2, 1), (4, 1), (1, 8))
@@ -73,36 +73,43 @@ def run(dims_name: str, device: str, repeats: int, loaded_dims: list[str]) -> di
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     base = make_model(dims, device, dtype)
     say(f"{dims_name}: {sum(parameter.numel() for parameter in base.parameters()) / 1e6:,.0f} million parameters")
-    inputs = make_inputs(dims, device=device, dtype=dtype)
     return {
-        "sizes": {"batch_size": len(inputs["input_ids"]), "length": inputs["input_ids"].shape[1]},
-        "methods": measure_methods(dims, base, inputs, device, repeats),
+        "sizes": {"batch_size": dims.batch_size, "length": dims.num_image_tokens + dims.num_text_tokens},
+        "methods": measure_methods(dims, base, repeats),
         "growth": [
-            measure_growth(dims, base, make_inputs(dims, *size, device=device, dtype=dtype), device, repeats)
-            for size in ((batch_size, factor * dims.num_text_tokens) for batch_size, factor in GROWTH)
+            measure_growth(dims, base, batch_size, factor * dims.num_text_tokens, repeats)
+            for batch_size, factor in GROWTH
         ],
         "loading": {name: measure_loading(DIMS[name], name, repeats) for name in loaded_dims},
     }
 
 
-def measure_methods(
-    dims: Llava | QwenVL, base: PreTrainedModel, inputs: dict[str, torch.Tensor], device: str, repeats: int
-) -> dict[str, dict[str, Any]]:
+def inputs_of(method: Method, dims: Llava | QwenVL, base: PreTrainedModel, *size: int) -> dict[str, torch.Tensor]:
+    """The inputs of a method, for a base model. All methods see the same text and images."""
+    return make_inputs(
+        dims, *size, num_more_image_tokens=method.num_more_image_tokens, device=base.device.type, dtype=base.dtype
+    )
+
+
+def measure_methods(dims: Llava | QwenVL, base: PreTrainedModel, repeats: int) -> dict[str, dict[str, Any]]:
     """Times, memory and operations of every method."""
-    methods = all_methods(dims)
+    methods, device = all_methods(dims), base.device.type
     results: dict[str, dict[str, Any]] = {method.name: {} for method in methods}
     models = {method.name: method.apply(base) for method in methods}
+    inputs = {method.name: inputs_of(method, dims, base) for method in methods}
     steps = {
-        method.name: measure.make_training_step(models[method.name], inputs) for method in methods if method.trains
+        method.name: measure.make_training_step(models[method.name], inputs[method.name])
+        for method in methods
+        if method.trains
     }
     timed = {
         "forward": {
-            name: lambda model=model: measure.seconds(lambda: measure.forward(model, inputs), device)
+            name: lambda name=name, model=model: measure.seconds(lambda: measure.forward(model, inputs[name]), device)
             for name, model in models.items()
         },
         "train": {name: lambda step=step: measure.seconds(step, device) for name, step in steps.items()},
         "decode": {
-            name: lambda model=model: measure.decoding_seconds(model, inputs, NUM_DECODED)
+            name: lambda name=name, model=model: measure.decoding_seconds(model, inputs[name], NUM_DECODED)
             for name, model in models.items()
         },
     }
@@ -113,23 +120,28 @@ def measure_methods(
     say("memory")
     for name, step in steps.items():
         results[name]["peak_bytes"] = measure.peak_bytes(step, device)
-        results[name]["saved_bytes"] = measure.saved_bytes(models[name], inputs)
+        results[name]["saved_bytes"] = measure.saved_bytes(models[name], inputs[name])
     if isinstance(dims, Llava):
         say("operations")
         on_meta = make_model(dims, "meta")
         for method in methods:
-            flops = measure.forward_flops(method.apply(on_meta), dims, len(inputs["input_ids"]))
+            flops = measure.forward_flops(method.apply(on_meta), dims, dims.batch_size)
             results[method.name]["flops"] = flops["Global"]
     return results
 
 
 def measure_growth(
-    dims: Llava | QwenVL, base: PreTrainedModel, inputs: dict[str, torch.Tensor], device: str, repeats: int
+    dims: Llava | QwenVL, base: PreTrainedModel, batch_size: int, num_text_tokens: int, repeats: int
 ) -> dict[str, Any]:
     """The training step with more samples or longer sequences, of some methods."""
-    batch_size, length = inputs["input_ids"].shape
+    device, length = base.device.type, dims.num_image_tokens + num_text_tokens
     say(f"{batch_size} samples of length {length}")
-    steps = {method.name: measure.make_training_step(method.apply(base), inputs) for method in growing_methods(dims)}
+    steps = {
+        method.name: measure.make_training_step(
+            method.apply(base), inputs_of(method, dims, base, batch_size, num_text_tokens)
+        )
+        for method in growing_methods(dims)
+    }
     calls = {name: lambda step=step: measure.seconds(step, device) for name, step in steps.items()}
     times = interleaved(calls, max(1, repeats // 2))
     methods = {

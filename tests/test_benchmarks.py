@@ -4,13 +4,23 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from benchmarks import measure
 from benchmarks.__main__ import main
-from benchmarks.methods import all_methods, base_model, growing_methods, lengthened, prompts_only
+from benchmarks.methods import (
+    Method,
+    all_methods,
+    base_model,
+    growing_methods,
+    lengthened,
+    lengthened_prompts_only,
+    prompts_only,
+)
 from benchmarks.models import DIMS, make_hollow_model, make_inputs, make_model
 from benchmarks.report import list_aims, make_markdown
-from benchmarks.run import GROWTH, interleaved
+from benchmarks.run import GROWTH, inputs_of, interleaved
+from peft_m2pt import M2PTConfig
 
 
 def test_a_whole_run(tmp_path, capsys):
@@ -62,9 +72,9 @@ def test_wrong_arguments(arguments, message, tmp_path, capsys, monkeypatch):
 def test_every_method_runs_in_half_precision(dims):
     # As on a GPU.
     dims = DIMS[dims]
-    base, inputs = make_model(dims, dtype=torch.bfloat16), make_inputs(dims, dtype=torch.bfloat16)
+    base = make_model(dims, dtype=torch.bfloat16)
     for method in all_methods(dims):
-        model = method.apply(base)
+        model, inputs = method.apply(base), inputs_of(method, dims, base)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         before = [parameter.detach().clone() for parameter in trained]
         if method.trains:
@@ -73,22 +83,45 @@ def test_every_method_runs_in_half_precision(dims):
         assert measure.decoding_seconds(model, inputs, 2) > 0
 
 
-def test_lengthening_computes_the_same():
+def as_image_tokens(num_visual_tokens, num_textual_tokens):
+    """M2PT as the paper has it: interaction prompts become image tokens."""
+    config = M2PTConfig(
+        num_visual_tokens=num_visual_tokens,
+        num_textual_tokens=num_textual_tokens,
+        num_interaction_tokens=num_visual_tokens,
+        interaction_placement="image",
+    )
+    return Method("as image tokens", lambda model: get_peft_model(model, config))
+
+
+@pytest.mark.parametrize(
+    ("method", "longer"), [(prompts_only, lengthened_prompts_only), (as_image_tokens, lengthened)], ids=str
+)
+def test_lengthening_computes_the_same(method, longer):
     tiny = DIMS["tiny"]
-    base, inputs = make_model(tiny), make_inputs(tiny)
-    models = [method(4, 3).apply(base) for method in (prompts_only, lengthened)]
+    base = make_model(tiny)
+    methods = [method(4, 3), longer(4, 3)]
+    models, inputs = [method.apply(base) for method in methods], inputs_of(methods[1], tiny, base)
+    names = [{name: p.shape for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert sorted(names[0].values()) == sorted(names[1].values())
     with torch.no_grad():
-        for pair in zip(*([p for p in model.parameters() if p.requires_grad] for model in models), strict=True):
+        for pair in zip(*(prompts_of(model) for model in models), strict=True):
             values = torch.randn_like(pair[0])
             for prompt in pair:
                 prompt.copy_(values)
     logits, expected = (model(**inputs).logits for model in models)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert (logits - base(**inputs).logits).abs().max() > 0.1
+    logits_of_base = base(**make_inputs(tiny)).logits
+    assert (logits[:, -tiny.num_text_tokens :] - logits_of_base[:, -tiny.num_text_tokens :]).abs().max() > 0.1
     labels = inputs.pop("labels")
     assert labels.shape == inputs["input_ids"].shape
     tokens, expected = (model.generate(**inputs, max_new_tokens=6, do_sample=False) for model in models)
     assert torch.equal(tokens, expected)
+
+
+def prompts_of(model):
+    weights = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return [p for name, p in weights if "prompt" in name or "interaction" in name]
 
 
 def test_lengthening_refuses_padding():
@@ -96,7 +129,7 @@ def test_lengthening_refuses_padding():
     inputs = make_inputs(tiny)
     inputs["attention_mask"][0, :3] = 0
     with pytest.raises(ValueError, match="for batches without padding"):
-        lengthened(4, 3).apply(make_model(tiny))(**inputs)
+        lengthened_prompts_only(4, 3).apply(make_model(tiny))(**inputs)
 
 
 def test_copies_share_weights():

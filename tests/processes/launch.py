@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,19 @@ def train_alone(folder: Path) -> Expected:
     return Expected(base, losses(trainer), folder)
 
 
+def find_free_port() -> int:
+    # Port 0 would do with later versions of accelerate; with earlier ones each process takes another port.
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def launch(engine: str, base: Path, folder: Path) -> dict[str, Any]:
     """Trains in two processes. Returns what the script has written."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "examples" / "accelerate" / f"{engine}.yaml")]
-    # What is different on two CPUs. Port 0 stands for any that is free.
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    # What is different on two CPUs.
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", str(find_free_port())]
     command += ["-m", "processes.train", str(base), str(folder)]
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
