@@ -95,7 +95,9 @@ def as_image_tokens(num_visual_tokens, num_textual_tokens):
 
 
 @pytest.mark.parametrize(
-    ("method", "longer"), [(prompts_only, lengthened_prompts_only), (as_image_tokens, lengthened)], ids=str
+    ("method", "longer"),
+    [(prompts_only, lengthened_prompts_only), (as_image_tokens, lengthened)],
+    ids=["prompts only", "with interaction prompts"],
 )
 def test_lengthening_computes_the_same(method, longer):
     tiny = DIMS["tiny"]
