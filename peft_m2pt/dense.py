@@ -86,7 +86,7 @@ def _attend_one_query(
             by_head = by_head.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             by_head = by_head + attention_mask
-        scores = by_head.view_as(scores)
+        scores = by_head.reshape_as(scores)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     output = torch.bmm(weights[..., num_rows:], value.flatten(0, 1))
     output = torch.baddbmm(output, weights[..., :num_rows], values_of_rows)
