@@ -25,12 +25,12 @@ models: $(VENV)/installed
 test-versions: test-lowest test-newest
 
 # The versions of torchao that PEFT takes need a later torch than the lowest, and so does compiling models of transformers.
-# TRL needs later versions of accelerate and datasets, FSDP2 a later accelerate.
+# TRL needs later versions of accelerate and datasets, FSDP2 a later accelerate, and to resume in two processes on CPUs, torch.
+# The benchmark compares with layers whose cache is longer than the mask, which later versions of transformers allow.
 test-lowest: $(VENV)-lowest/installed
 	$(VENV)-lowest/bin/$(PYTEST) --ignore=tests/test_quantised.py --ignore=tests/test_compile.py \
-		--ignore=tests/test_trl.py \
-		--deselect=tests/test_upstream.py::TestCompiling \
-		--deselect="tests/test_processes.py::test_two_processes[fsdp2]" $(ARGS)
+		--ignore=tests/test_trl.py --ignore=tests/test_benchmarks.py \
+		--deselect=tests/test_upstream.py::TestCompiling --deselect=tests/test_processes.py::test_two_processes $(ARGS)
 
 test-newest: $(VENV)-newest/installed
 	$(VENV)-newest/bin/$(PYTEST) $(ARGS)

@@ -46,7 +46,8 @@ def test_flops_of_the_base_are_those_of_its_matrices(flops_of_base):
     expected += 2 * num_patches * (vision["hidden_size"] * text["hidden_size"] + text["hidden_size"] ** 2)
     expected += text["num_hidden_layers"] * of_layer(text["hidden_size"], text["intermediate_size"], 3, length)
     expected += 2 * length * text["hidden_size"] * text["vocab_size"]
-    assert flops_of_base == BATCH_SIZE * expected
+    # Some versions of transformers compute the angles of rotations as a product of matrices.
+    assert flops_of_base == pytest.approx(BATCH_SIZE * expected, rel=1e-7)
 
 
 @pytest.mark.parametrize(
