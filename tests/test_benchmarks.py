@@ -104,8 +104,8 @@ def test_lengthening_computes_the_same(method, longer):
     base = make_model(tiny)
     methods = [method(4, 3), longer(4, 3)]
     models, inputs = [method.apply(base) for method in methods], inputs_of(methods[1], tiny, base)
-    names = [{name: p.shape for name, p in model.named_parameters() if p.requires_grad} for model in models]
-    assert sorted(names[0].values()) == sorted(names[1].values())
+    shapes = [sorted(p.shape for p in model.parameters() if p.requires_grad) for model in models]
+    assert shapes[0] == shapes[1]
     with torch.no_grad():
         for pair in zip(*(prompts_of(model) for model in models), strict=True):
             values = torch.randn_like(pair[0])
@@ -146,6 +146,19 @@ def test_models_of_seven_billion_parameters_take_little_memory(dims):
     model = make_hollow_model(DIMS[dims])
     assert sum(parameter.numel() for parameter in model.parameters()) > 7e9
     assert sum(parameter.untyped_storage().nbytes() for parameter in model.parameters()) < 2e8
+
+
+def test_decoding_is_the_median_between_new_tokens(monkeypatch):
+    # The prompt, the first new token a long time after it, and one slow token among the others.
+    clock = iter([0.0, 100.0, 101.0, 102.0, 110.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+
+    class Model:
+        def generate(self, input_ids, streamer, max_new_tokens, **kwargs):
+            for _ in range(1 + max_new_tokens):
+                streamer.put(input_ids)
+
+    assert measure.decoding_seconds(Model(), {"input_ids": torch.ones(1, 3)}, 3) == 1
 
 
 def test_measurements_take_turns():
