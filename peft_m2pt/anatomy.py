@@ -16,11 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from .arguments import Role, check_signature, read_signature
 from .attention import find_attention_call, find_extension
 from .config import M2PTConfig
 from .dataflow import ChildCall, Flow, find_calls, first_reader
 from .errors import UnsupportedModelError
-from .positions import Rotary, check_arguments, find_rotary, takes
+from .positions import Rotary, find_rotary
 from .towers import FIELDS, TOWERS, Kind, find_tower
 
 
@@ -289,7 +290,7 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
     if input_ is None:
         return None
     find_extension(attention, path)
-    check_arguments(attention, path, way_out)
+    check_signature(attention, path, way_out)
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in attention.modules()):
         raise UnsupportedModelError(
             f"The attention '{path}' ({type(attention).__name__}) mixes neighbouring tokens with a convolution before "
@@ -302,7 +303,7 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
         )
     block, norms = input_
     rotary = find_rotary(model, path, attention, layer) if kind == "textual" else None
-    if kind == "textual" and rotary is None and takes(attention, "position_embeddings"):
+    if kind == "textual" and rotary is None and read_signature(type(attention)).takes(Role.ROTATIONS):
         raise UnsupportedModelError(
             f"The attention '{path}' takes position embeddings, but no module around it has a `rotary_emb` to compute "
             f"them. {way_out}"

@@ -183,11 +183,6 @@ class PromptAttention:
         task = _current.task
         if task is None or task.module is not module:
             return attend(module, query, key, value, attention_mask, **kwargs)
-        if kwargs.get("cache") is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} was called with a paged cache, which keeps keys and values by itself, out "
-                f"of reach of prompts. Use generate(...) instead of continuous batching."
-            )
         return task(self.extension, attend, query, key, value, attention_mask, **kwargs)
 
 

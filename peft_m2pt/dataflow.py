@@ -83,7 +83,7 @@ def first_reader(module: nn.Module, attribute: str) -> nn.Module | None:
 
 
 @cache
-def _forward_code(module_class: type) -> ast.FunctionDef | None:
+def forward_code(module_class: type) -> ast.FunctionDef | None:
     function = inspect.unwrap(module_class.forward)
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
@@ -101,7 +101,7 @@ class _Reader:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.calls: list[tuple[str, ChildCall]] = []
-        code = _forward_code(type(module))
+        code = forward_code(type(module))
         if code is None or len(code.args.args) < 2:
             return
         self.flows = {code.args.args[1].arg: Flow()}

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .arguments import Role
 from .base import M2PTLayer
-from .positions import takes
 
 
 class LetGradientsIn:
@@ -127,7 +127,7 @@ def count_from_first_token(model: nn.Module, layer: M2PTLayer) -> list[Removable
     parts = layer.site.path.split(".")[:-1]
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
     rotary = layer.site.rotary
-    rotates = rotary is not None or takes(layer.base_layer, "position_ids")
+    rotates = rotary is not None or layer.signature.takes(Role.POSITIONS)
     has_axes = rotary is not None and rotary.num_axes > 1
     computes_positions = has_axes and any(hasattr(module, "get_rope_index") for module in around)
     if not rotates or computes_positions or _selects_by_position(model):

@@ -12,10 +12,10 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from .anatomy import Site, find_layers
+from .arguments import Role, read_signature
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
 from .interaction import find_connector
-from .positions import takes
 from .report import ranges
 from .towers import TOWERS, Kind, find_tower
 
@@ -99,7 +99,7 @@ def _describe_site(site: Site) -> tuple[str, ...]:
     if site.kind == "visual":
         positions = "none, prompts are not rotated"
     elif site.rotary is None:
-        has_positions = takes(site.attention, "position_ids")
+        has_positions = read_signature(type(site.attention)).takes(Role.POSITIONS)
         positions = "-n ... -1, by the attention itself" if has_positions else "none in the attention"
     else:
         of_type = "" if site.rotary.layer_type is None else f" for {site.rotary.layer_type!r}"

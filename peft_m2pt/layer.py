@@ -11,15 +11,13 @@ import torch
 from torch import nn
 
 from .anatomy import Connector, Site
+from .arguments import Role, check_call, read_signature
 from .attention import attend_to_rows, extend_attention_function, record_rows
 from .base import M2PTLayer, M2PTPrompt
 from .connector import project
-from .positions import find_arguments, prompt_arguments
+from .positions import prompt_arguments
 from .rows import Rows
 from .samples import SampleAdapters, sample_adapters
-
-
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value")
 
 
 class M2PTAttention(M2PTLayer):
@@ -49,7 +47,7 @@ class M2PTAttention(M2PTLayer):
         self.site = site
         self.m2pt_prompt = nn.ModuleDict()
         self.m2pt_interaction = nn.ModuleDict()
-        self._arguments = find_arguments(site.attention)
+        self.signature = read_signature(type(site.attention))
         self._kept: _KeptRows | None = None
 
     def update_layer(
@@ -92,21 +90,14 @@ class M2PTAttention(M2PTLayer):
         if not adapters:
             return base_layer(*args, **kwargs)
         extend_attention_function(base_layer, self.site.path)
-        arguments = self.name_arguments(args, kwargs)
+        arguments = self.signature.bind(args, kwargs)
+        check_call(self.signature, arguments, base_layer, self.site.path)
         samples = sample_adapters()
         if samples is None:
             rows = self._rows([tuple(adapters)], arguments)[0]
         else:
             rows = self._rows_of_samples(samples, adapters, arguments)
         return attend_to_rows(base_layer, self.site.path, rows, args, kwargs)
-
-    def name_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name."""
-        return dict(zip((argument.name for argument in self._arguments), args), **kwargs)
-
-    def input_of(self, arguments: dict[str, Any]) -> torch.Tensor:
-        """The hidden states among the arguments of a call."""
-        return arguments[self._arguments[0].name]
 
     @property
     def is_active(self) -> bool:
@@ -124,8 +115,8 @@ class M2PTAttention(M2PTLayer):
     ) -> Rows | list[Rows | None]:
         """The rows of each sample's own adapter: as a batch, or one after the other where images are packed."""
         rows = dict(zip(adapters, self._rows([(name,) for name in adapters], arguments)))
-        boundaries = arguments.get("cu_seqlens")
-        num_parts = len(self.input_of(arguments)) if boundaries is None else len(boundaries) - 1
+        boundaries = self.signature.find(Role.BOUNDARIES, arguments)
+        num_parts = len(arguments[self.signature.input_name]) if boundaries is None else len(boundaries) - 1
         if self.site.kind == "textual":
             names = samples.of_tokens(num_parts)
         else:
@@ -144,11 +135,11 @@ class M2PTAttention(M2PTLayer):
         While tokens are decoded one at a time, those of the step before serve again. The first call with a cache
         computes them anew, as does one with many tokens, where it costs little.
         """
-        cache = None if torch.is_grad_enabled() else _find_cache(arguments)
+        cache = None if torch.is_grad_enabled() else self.signature.find(Role.CACHE, arguments)
         if cache is None:
             self._forget_rows()
             return [self._record(adapters, arguments) for adapters in groups]
-        tokens = self.input_of(arguments)
+        tokens = arguments[self.signature.input_name]
         device_type = tokens.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         key = (tokens.dtype, tokens.device, autocast, *groups)
@@ -186,11 +177,11 @@ class M2PTAttention(M2PTLayer):
 
     def _record(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
         """Lets the base layer compute key and value of the prompts, in a batch of 1."""
-        tokens = self.input_of(arguments)
+        tokens = arguments[self.signature.input_name]
         prompts = [self._prompt(name, tokens.dtype) for name in adapters]
         hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
         lengths = [len(prompt) for prompt in prompts] if self.site.kind == "textual" else None
-        arguments = prompt_arguments(self._arguments, arguments, hidden_states, lengths, self.site.rotary)
+        arguments = prompt_arguments(self.signature, arguments, hidden_states, lengths, self.site.rotary)
         return record_rows(self.base_layer, self.site.path, arguments, len(hidden_states))
 
     def _prompt(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -205,10 +196,6 @@ class M2PTAttention(M2PTLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
-
-
-def _find_cache(arguments: dict[str, Any]) -> Any:
-    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
 class _KeptRows:

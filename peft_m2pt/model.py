@@ -20,6 +20,7 @@ from .base import NOT_MERGEABLE, M2PTLayer
 from .card import own_card
 from .config import M2PTConfig
 from .connector import M2PTConnector
+from .continuous_batching import refuse_continuous_batching
 from .entrances import count_from_first_token, let_gradients_in
 from .errors import UnsupportedModelError
 from .graft import quantised_linears
@@ -195,6 +196,7 @@ class M2PTModel(BaseTuner):
             if kind == "textual":
                 layer.hooks += count_from_first_token(model, layer)
                 layer.hooks += refuse_mixed_sequences(layer)
+                layer.hooks += refuse_continuous_batching(model)
             layer.hooks += refuse_later_adapters(model, self.peft_config)
         if has_tower(model, "textual", config):
             self._prepare_for_processes(model, config, first_layers)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.hooks import RemovableHandle
 
+from .arguments import Role
 from .errors import UnsupportedModelError
 
 
@@ -40,14 +41,15 @@ def _check_packing(layer: M2PTAttention, args: tuple[Any, ...], kwargs: dict[str
     implementation = layer.base_layer.config._attn_implementation
     if implementation not in BY_MASK or not layer.is_active:
         return
-    arguments = layer.name_arguments(args, kwargs)
-    attention_mask, boundaries = arguments.get("attention_mask"), arguments.get("cu_seq_lens_q")
-    tokens = layer.input_of(arguments)
+    signature = layer.signature
+    arguments = signature.bind(args, kwargs)
+    attention_mask, boundaries = signature.find(Role.MASK, arguments), arguments.get("cu_seq_lens_q")
+    tokens = arguments[signature.input_name]
     if torch.compiler.is_compiling() or tokens.is_meta:
         # What is in a tensor is not known then.
         mixes = boundaries is not None and len(boundaries) > 2 and attention_mask is None
     else:
-        starts = _find_starts(boundaries, arguments.get("position_ids"), tokens.shape[:2])
+        starts = _find_starts(boundaries, signature.find(Role.POSITIONS, arguments), tokens.shape[:2])
         mixes = len(starts) > 0 and _mixes(attention_mask, starts)
     if mixes:
         raise UnsupportedModelError(

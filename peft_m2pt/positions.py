@@ -8,45 +8,16 @@ they are not rotated.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .errors import UnsupportedModelError
+from .arguments import Role, Signature
 
-
-# Arguments of attention modules that hold rotations, computed from positions outside of the module.
-ROTATIONS = ("position_embeddings", "freqs_ci", "rotary_pos_emb")
-
-# Arguments that speak of the tokens alone: what they see, and what was computed for them before. Prompts go without.
-OF_TOKENS = (
-    "cache_position",
-    "encoder_attention_mask",
-    "encoder_hidden_states",
-    "head_mask",
-    "input_features_mask",
-    "key_value_states",
-    "layer_head_mask",
-    "mask",
-    "output_attentions",
-    "past_key_value",
-    "past_key_values",
-    "use_cache",
-)
-KNOWN = {
-    *ROTATIONS,
-    *OF_TOKENS,
-    "attention_mask",
-    "cu_seqlens",
-    "max_seqlen",
-    "position_ids",
-    "prev_topk_indices",
-    "shared_kv_states",
-}
 
 # Towers with several rotary modules: the attribute that names a layer's, and what its values stand for.
 ROTARY_BY_LAYER = {"rope_types": {"scaled": "rotary_emb", "unscaled": "rotary_emb_unscaled"}}
@@ -79,39 +50,6 @@ class Rotary:
         forward = inspect.unwrap(type(self.module).forward)
         layer_type = () if self.layer_type is None else (self.layer_type,)
         return forward(self.module, hidden_states, position_ids, *layer_type)
-
-
-class Argument(NamedTuple):
-    """A named argument of an attention module."""
-
-    name: str
-    is_required: bool
-
-
-def find_arguments(attention: nn.Module) -> tuple[Argument, ...]:
-    """Lists the named arguments of an attention module. The first is its input."""
-    parameters = list(inspect.signature(type(attention).forward).parameters.values())[1:]
-    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-    return tuple(Argument(parameter.name, parameter.default is parameter.empty) for parameter in named)
-
-
-def takes(attention: nn.Module, name: str) -> bool:
-    """Whether an attention module has an argument of this name."""
-    return any(argument.name == name for argument in find_arguments(attention))
-
-
-def check_arguments(attention: nn.Module, path: str, way_out: str) -> None:
-    """
-    Checks that M2PT knows what an attention module's arguments mean for prompts.
-
-    Raises:
-        UnsupportedModelError: If it does not.
-    """
-    if unknown := sorted({argument.name for argument in find_arguments(attention)[1:]} - KNOWN):
-        raise UnsupportedModelError(
-            f"The attention '{path}' ({type(attention).__name__}) takes {unknown}, of which it is not known what they "
-            f"mean for prompts. {way_out}"
-        )
 
 
 def find_rotary(model: nn.Module, path: str, attention: nn.Module, layer: int) -> Rotary | None:
@@ -156,8 +94,19 @@ def _rotary(module: nn.Module, attention: nn.Module, layer: int) -> Rotary:
     return Rotary(module, layer_type, len(parameters.get("mrope_section", [1])))
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompt rows whose keys and values are computed, and the tokens in whose place they stand."""
+
+    hidden_states: torch.Tensor
+    num_rows: int
+    num_tokens: int
+    position_ids: torch.Tensor | None
+    rotary: Rotary | None
+
+
 def prompt_arguments(
-    named: Sequence[Argument],
+    signature: Signature,
     arguments: dict[str, Any],
     prompts: torch.Tensor,
     lengths: list[int] | None,
@@ -167,8 +116,8 @@ def prompt_arguments(
     The arguments with which an attention module computes keys and values of prompts, in a batch of 1.
 
     Args:
-        named (`Sequence[Argument]`):
-            The named arguments of the attention module.
+        signature ([`~peft_m2pt.arguments.Signature`]):
+            What the arguments of the attention module are.
         arguments (`dict[str, Any]`):
             Its arguments for the tokens.
         prompts (`torch.Tensor` of shape `(num_rows, width)`):
@@ -182,55 +131,65 @@ def prompt_arguments(
     Returns:
         `dict[str, Any]`
     """
-    tokens = arguments[named[0].name]
+    tokens = arguments[signature.input_name]
     hidden_states = prompts.reshape(*[1] * (tokens.dim() - 2), *prompts.shape)
-    num_rows, num_tokens = len(prompts), tokens.shape[-2]
     position_ids = None
     if lengths is not None:
         position_ids = torch.cat([torch.arange(-length, 0, device=tokens.device) for length in lengths])[None]
+    of_prompts = _Prompts(hidden_states, len(prompts), tokens.shape[-2], position_ids, rotary)
 
-    result = {named[0].name: hidden_states}
-    for name, is_required in named[1:]:
-        value = arguments.get(name)
-        if value is None:
-            if is_required:
-                result[name] = None
-        elif name == "shared_kv_states":
-            # Into this, modules write keys and values of the tokens, which later layers share.
-            result[name] = {}
-        elif name == "attention_mask" and not isinstance(value, BlockMask):
-            # Some modules read it even if there is nothing to hide, to select keys by themselves.
-            shape = (1, num_rows) if value.dim() == 2 else (1, 1, num_rows, num_rows)
-            result[name] = value.new_full(shape, value.dim() == 2 or value.dtype == torch.bool)
-        elif name == "prev_topk_indices":
-            result[name] = torch.arange(num_rows, device=value.device).expand(*[1] * (value.dim() - 2), num_rows, -1)
-        elif name == "attention_mask" or name in OF_TOKENS:
-            if is_required:
-                result[name] = None
-        elif name == "cu_seqlens":
-            result[name] = value.new_tensor([0, num_rows])
-        elif name == "max_seqlen":
-            result[name] = num_rows
-        elif name == "position_ids":
-            if position_ids is None:
-                result[name] = _for_rows(value, num_tokens, num_rows, 0)
-            else:
-                result[name] = position_ids.expand(*value.shape[:-2], 1, -1)
-        elif position_ids is not None:
-            result[name] = rotary(hidden_states, position_ids)
-        elif isinstance(value, (tuple, list)):
-            cos, sin = value
-            result[name] = (_for_rows(cos, num_tokens, num_rows, 1), _for_rows(sin, num_tokens, num_rows, 0))
-        else:
-            # A complex number of length 1, or an angle.
-            result[name] = _for_rows(value, num_tokens, num_rows, 1 if value.is_complex() else 0)
+    result = {argument.name: None for argument in signature.arguments if argument.is_required}
+    result[signature.input_name] = hidden_states
+    for name, value in arguments.items():
+        setter = SETTERS.get(signature.roles.get(name))
+        if setter is not None and value is not None and not isinstance(value, BlockMask):
+            result[name] = setter(value, of_prompts)
     return result
 
 
-def _for_rows(of_tokens: torch.Tensor, num_tokens: int, num_rows: int, value: float) -> torch.Tensor:
+def _see_all(mask: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
+    # Some modules (DeepSeek's indexer) read it even if there is nothing to hide, to select keys by themselves.
+    shape = (1, prompts.num_rows) if mask.dim() == 2 else (1, 1, prompts.num_rows, prompts.num_rows)
+    return mask.new_full(shape, mask.dim() == 2 or mask.dtype == torch.bool)
+
+
+def _select_all(indices: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
+    rows = torch.arange(prompts.num_rows, device=indices.device)
+    return rows.expand(*[1] * (indices.dim() - 2), prompts.num_rows, -1)
+
+
+def _stand_in_front(position_ids: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
+    if prompts.position_ids is None:
+        return _for_rows(position_ids, prompts, 0)
+    return prompts.position_ids.expand(*position_ids.shape[:-2], 1, -1)
+
+
+def _rotate(rotations: Any, prompts: _Prompts) -> Any:
+    if prompts.position_ids is not None:
+        return prompts.rotary(prompts.hidden_states, prompts.position_ids)
+    if isinstance(rotations, (tuple, list)):
+        cos, sin = rotations
+        return _for_rows(cos, prompts, 1), _for_rows(sin, prompts, 0)
+    # A complex number of length 1, or an angle.
+    return _for_rows(rotations, prompts, 1 if rotations.is_complex() else 0)
+
+
+def _for_rows(of_tokens: torch.Tensor, prompts: _Prompts, value: float) -> torch.Tensor:
     """A tensor like one that speaks of every token, for prompt rows in a batch of 1, filled with one value."""
     shape = list(of_tokens.shape)
     axes = [of_tokens.dim() - 2, *range(of_tokens.dim())]
-    # Some speak of the patches alone, not of the class token in front of them.
-    axis = next((axis for axis in axes if shape[axis] == num_tokens), axes[0])
-    return of_tokens.new_full((*[1] * axis, num_rows, *shape[axis + 1 :]), value)
+    # Some (Radio, DINOv3) speak of the patches alone, not of the class token in front of them.
+    axis = next((axis for axis in axes if shape[axis] == prompts.num_tokens), axes[0])
+    return of_tokens.new_full((*[1] * axis, prompts.num_rows, *shape[axis + 1 :]), value)
+
+
+# What prompts get in the place of an argument of the tokens. Without an entry, they get nothing.
+SETTERS: dict[Role | None, Callable[[Any, _Prompts], Any]] = {
+    Role.BOUNDARIES: lambda boundaries, prompts: boundaries.new_tensor([0, prompts.num_rows]),
+    Role.MASK: _see_all,
+    Role.MAX_LENGTH: lambda length, prompts: prompts.num_rows,
+    Role.POSITIONS: _stand_in_front,
+    Role.ROTATIONS: _rotate,
+    Role.SELECTED_KEYS: _select_all,
+    Role.SHARED_KV: lambda states, prompts: {},
+}

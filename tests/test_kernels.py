@@ -196,12 +196,3 @@ def test_kernels_from_the_hub():
         for name in ("kernels-community/flash-attn2", "kernels-community/other"):
             AttentionInterface._global_mapping.pop(name)
         transformers.AttentionMaskInterface._global_mapping.pop("kernels-community/flash-attn2")
-
-
-def test_continuous_batching_is_refused():
-    model = adapt(make_llava())
-    model(**make_inputs())
-    attention = model.base_model.model.model.language_model.layers[0].self_attn
-    arguments = {"position_embeddings": (torch.ones(1, 2, 12), torch.zeros(1, 2, 12)), "attention_mask": None}
-    with pytest.raises(UnsupportedModelError, match=r"called with a paged cache, .* Use generate\(...\)"):
-        attention(torch.randn(1, 2, 48), **arguments, cache=object())

@@ -1,7 +1,6 @@
 """TRL: supervised fine-tuning, packing, preferences, and reinforcement by a reward."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -17,10 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import (
     CLIPImageProcessorPil,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -458,22 +453,6 @@ class TestGRPO:
         generation._dist = DistributedBackend(Accelerator(cpu=True))
         with pytest.raises(NotImplementedError, match="M2PT cannot be merged"):
             list(generation._iter_named_params())
-
-    def test_continuous_batching(self):
-        """What `use_transformers_continuous_batching=True` generates with."""
-        config = LlamaConfig(
-            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB_SIZE
-        )
-        model = adapt(LlamaForCausalLM(config).eval(), num_visual_tokens=0, num_interaction_tokens=0)
-        options = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=0)
-        outputs = model.generate_batch(
-            [[5, 6, 7]],
-            generation_config=options,
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16),
-            progress_bar=False,
-        )
-        message = r"called with a paged cache.* Use generate\(...\) instead of continuous batching"
-        assert [re.search(message, output.error) is not None for output in outputs.values()] == [True]
 
 
 def share_of_low_tokens(completion_ids, **kwargs):

@@ -4,7 +4,7 @@
 GOES_ROUND = "goes round the attention interface"
 NO_ENCODER_FOUND = "No vision encoder was found"
 NO_DECODER_FOUND = "No language model was found"
-UNKNOWN_ARGUMENTS = "of which it is not known what they mean for prompts"
+UNKNOWN_ARGUMENTS = "which M2PT does not know how to set for prompts"
 NOT_BEHIND_NORM = "neither the layer's input nor the output of a norm"
 NO_SELF_ATTENTION = "no layer with self-attention"
 

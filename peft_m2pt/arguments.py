@@ -1,0 +1,366 @@
+"""
+What the arguments of an attention module are.
+
+Their names change with releases of transformers and differ between model families. So an argument is recognized by its
+annotation, then by what the module's code does with it, and only then by its name.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import types
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+from .dataflow import forward_code
+from .errors import UnsupportedModelError
+
+
+class Role(Enum):
+    """What an argument of an attention module is."""
+
+    INPUT = auto()
+    """The hidden states."""
+    CACHE = auto()
+    """Keys and values of earlier tokens."""
+    MASK = auto()
+    """Which keys each query sees."""
+    ROTATIONS = auto()
+    """Rotations, or other embeddings of positions, computed outside of the module."""
+    POSITIONS = auto()
+    """Position ids."""
+    BOUNDARIES = auto()
+    """Where packed sequences begin and end (`cu_seqlens`)."""
+    MAX_LENGTH = auto()
+    """The length of the longest packed sequence."""
+    SHARED_KV = auto()
+    """Into this, modules write keys and values of the tokens, which later layers share."""
+    SELECTED_KEYS = auto()
+    """Indices of the keys that each query sees, which an earlier layer has selected."""
+    TOKENS_ONLY = auto()
+    """Something that was computed for the tokens, or says what to return. Prompts go without."""
+    UNSUPPORTED = auto()
+    """Known to change scores or keys in a way in which prompts cannot follow."""
+
+
+# The last resort.
+NAMES: dict[str, Role] = {
+    "attention_mask": Role.MASK,
+    "cache": Role.CACHE,
+    "cache_offset": Role.TOKENS_ONLY,
+    "cache_position": Role.TOKENS_ONLY,
+    "cu_seqlens": Role.BOUNDARIES,
+    "encoder_attention_mask": Role.MASK,
+    "encoder_hidden_states": Role.TOKENS_ONLY,
+    "freqs_ci": Role.ROTATIONS,
+    "head_mask": Role.TOKENS_ONLY,
+    "input_features_mask": Role.TOKENS_ONLY,
+    "key_value_states": Role.TOKENS_ONLY,
+    "layer_head_mask": Role.TOKENS_ONLY,
+    "layer_past": Role.CACHE,
+    "mask": Role.MASK,
+    "max_seqlen": Role.MAX_LENGTH,
+    "output_attentions": Role.TOKENS_ONLY,
+    "past_key_value": Role.CACHE,
+    "past_key_values": Role.CACHE,
+    "position_bias": Role.UNSUPPORTED,
+    "position_embeddings": Role.ROTATIONS,
+    "position_ids": Role.POSITIONS,
+    "prev_topk_indices": Role.SELECTED_KEYS,
+    "relative_position_embeddings": Role.UNSUPPORTED,
+    "rotary_pos_emb": Role.ROTATIONS,
+    "shared_kv_states": Role.SHARED_KV,
+    "use_cache": Role.TOKENS_ONLY,
+}
+
+# Arguments of attention functions (transformers documents these), by which the code tells what it hands to them.
+OF_ATTENTION_FUNCTIONS = {
+    "attention_mask": Role.MASK,
+    "cu_seq_lens_k": Role.BOUNDARIES,
+    "cu_seq_lens_q": Role.BOUNDARIES,
+    "max_length_k": Role.MAX_LENGTH,
+    "max_length_q": Role.MAX_LENGTH,
+}
+# They are called as `function(module, query, key, value, attention_mask, ...)`.
+NUM_BEFORE_MASK = 4
+
+
+@dataclass(frozen=True)
+class Argument:
+    """
+    A named argument of an attention module.
+
+    Args:
+        name (`str`):
+            Its name.
+        role ([`Role`], *optional*):
+            What it is. `None` if that is not known.
+        default (`Any`):
+            Its default, `inspect.Parameter.empty` if it has none.
+    """
+
+    name: str
+    role: Role | None
+    default: Any = None
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is inspect.Parameter.empty
+
+    def is_left_out(self, value: Any) -> bool:
+        """Whether a value says no more than to leave the argument out would."""
+        is_plain = isinstance(value, (bool, int, float, str))
+        return value is None or value is self.default or (is_plain and value == self.default)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """
+    The arguments of a class of attention modules.
+
+    Args:
+        arguments (`tuple[Argument, ...]`):
+            The named ones. The first is the input.
+        roles (`dict[str, Role]`):
+            What arguments are, as far as that is known: the named ones, and those that a caller may add.
+        unknown (`tuple[Argument, ...]`):
+            The named ones of which it is not known what they are.
+        new_names (`dict[str, str]`):
+            What has become of deprecated names, which callers may still use.
+    """
+
+    arguments: tuple[Argument, ...]
+    roles: dict[str, Role]
+    unknown: tuple[Argument, ...]
+    new_names: dict[str, str]
+
+    @property
+    def input_name(self) -> str:
+        """The name of the hidden states."""
+        return self.arguments[0].name
+
+    def takes(self, role: Role) -> bool:
+        """Whether there is a named argument of this role."""
+        return any(argument.role is role for argument in self.arguments)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, by their present names."""
+        bound = dict(zip((argument.name for argument in self.arguments), args))
+        for name, value in kwargs.items():
+            bound[self.new_names.get(name, name)] = value
+        return bound
+
+    def find(self, role: Role, bound: dict[str, Any]) -> Any:
+        """The argument of this role in a call, `None` if there is none."""
+        for name, value in bound.items():
+            if value is not None and self.roles.get(name) is role:
+                return value
+        return None
+
+
+@cache
+def read_signature(module_class: type) -> Signature:
+    """
+    Finds out what the arguments of a class of attention modules are.
+
+    Args:
+        module_class (`type`):
+            A class of modules.
+
+    Returns:
+        [`Signature`]
+    """
+    function = inspect.unwrap(module_class.forward)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind not in variadic][1:]
+    in_code = _roles_in_code(module_class)
+    arguments = []
+    for i, parameter in enumerate(parameters):
+        name = parameter.name
+        role = _role_in_annotation(parameter.annotation, function) or in_code.get(name) or NAMES.get(name)
+        arguments.append(Argument(name, Role.INPUT if i == 0 else role, parameter.default))
+    roles = {**NAMES, **{argument.name: argument.role for argument in arguments if argument.role is not None}}
+    unknown = tuple(argument for argument in arguments if argument.role is None)
+    return Signature(tuple(arguments), roles, unknown, _new_names(module_class.forward))
+
+
+def check_signature(attention: nn.Module, path: str, remedy: str) -> None:
+    """
+    Checks that M2PT knows what an attention module's arguments mean for prompts, as far as that shows before a call.
+
+    Args:
+        attention (`nn.Module`):
+            The attention module.
+        path (`str`):
+            Its module path, for the error message.
+        remedy (`str`):
+            What to do instead, for the error message.
+
+    Raises:
+        UnsupportedModelError: If an argument without a default is unknown, or one is known to be unsupported.
+    """
+    unknown = [
+        argument.name
+        for argument in read_signature(type(attention)).arguments
+        if argument.role is Role.UNSUPPORTED or (argument.role is None and argument.is_required)
+    ]
+    if unknown:
+        raise UnsupportedModelError(
+            f"The attention '{path}' ({type(attention).__name__}) takes {sorted(unknown)}, which M2PT does not know "
+            f"how to set for prompts. {remedy}"
+        )
+
+
+def check_call(signature: Signature, bound: dict[str, Any], attention: nn.Module, path: str) -> None:
+    """
+    Checks that a call gives an attention module nothing that M2PT cannot set for prompts.
+
+    An argument that is left out, or has the value that stands for leaving it out, makes the module compute what it
+    computes for callers that do not know the argument either.
+
+    Args:
+        signature ([`Signature`]):
+            The arguments of the module.
+        bound (`dict[str, Any]`):
+            The arguments of the call.
+        attention (`nn.Module`):
+            The attention module.
+        path (`str`):
+            Its module path, for the error message.
+
+    Raises:
+        UnsupportedModelError: If an unknown argument has a value, or if there is a paged cache.
+    """
+    if isinstance(signature.find(Role.CACHE, bound), PagedAttentionCache):
+        raise UnsupportedModelError(
+            f"The attention '{path}' ({type(attention).__name__}) was called with a paged cache, which keeps keys and "
+            f"values by itself, out of reach of prompts. Use generate(...) instead of continuous batching."
+        )
+    for argument in signature.unknown:
+        value = bound.get(argument.name)
+        if not argument.is_left_out(value):
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            raise UnsupportedModelError(
+                f"The attention '{path}' ({type(attention).__name__}) was called with {argument.name}={shown}, which "
+                f"M2PT does not know how to set for prompts. Call the model without it, or leave this attention out "
+                f"with exclude_modules=['{path}']."
+            )
+
+
+def _role_in_annotation(annotation: Any, function: Callable) -> Role | None:
+    """What the annotation of an argument says. `None` if it says nothing of use, as `torch.Tensor` does."""
+    for member in _members(annotation, function):
+        if isinstance(member, type) and issubclass(member, Cache):
+            return Role.CACHE
+        if member is BlockMask:
+            return Role.MASK
+        if typing.get_origin(member) is tuple and typing.get_args(member) == (torch.Tensor, torch.Tensor):
+            return Role.ROTATIONS
+    return None
+
+
+def _members(annotation: Any, function: Callable) -> Iterator[Any]:
+    """The types that an annotation allows."""
+    if isinstance(annotation, typing.ForwardRef):
+        annotation = annotation.__forward_arg__
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, function.__globals__)
+        except Exception:  # a name that is imported for type checkers alone
+            return
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            yield from _members(member, function)
+    else:
+        yield annotation
+
+
+def _roles_in_code(module_class: type) -> dict[str, Role]:
+    """What the code of `forward` does with its arguments. Those with which it does several things are left out."""
+    code = forward_code(module_class)
+    if code is None:
+        return {}
+    roles: dict[str, set[Role]] = defaultdict(set)
+    names = [parameter.arg for parameter in (*code.args.posonlyargs, *code.args.args, *code.args.kwonlyargs)][2:]
+    # What a variable was made of: the argument itself, a part of it, or an element.
+    sources = {name: name for name in names}
+    for node in _in_order(code):
+        if isinstance(node, ast.Assign):
+            source = _source(node.value, sources)
+            for target in node.targets:
+                for name in (name.id for name in ast.walk(target) if isinstance(name, ast.Name)):
+                    if source is None:
+                        sources.pop(name, None)
+                    else:
+                        sources[name] = source
+        elif isinstance(node, ast.Call):
+            for name, role in _roles_in_call(node, sources, module_class):
+                roles[name].add(role)
+    return {name: found.pop() for name, found in roles.items() if len(found) == 1}
+
+
+def _in_order(node: ast.AST) -> Iterator[ast.AST]:
+    """Walks through code in the order in which it stands there, calls before the assignment of what they return."""
+    for child in ast.iter_child_nodes(node):
+        yield from _in_order(child)
+    yield node
+
+
+def _source(expression: ast.expr, sources: dict[str, str]) -> str | None:
+    """The argument of which an expression is a part, or which it is."""
+    while isinstance(expression, (ast.Subscript, ast.Attribute)):
+        expression = expression.value
+    return sources.get(expression.id) if isinstance(expression, ast.Name) else None
+
+
+def _roles_in_call(call: ast.Call, sources: dict[str, str], module_class: type) -> Iterator[tuple[str, Role]]:
+    """Yields arguments of the module that a call uses, and what that makes of them."""
+    function = call.func
+    keywords = [(keyword.arg, _source(keyword.value, sources)) for keyword in call.keywords]
+    positional = [_source(argument, sources) for argument in call.args]
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        positional = []
+    if isinstance(function, ast.Attribute):
+        owner = _source(function.value, sources)
+        if owner is not None and function.attr == "update" and len(call.args) > 1:
+            yield owner, Role.CACHE
+        # A module, since a method would apply rotations.
+        if _is_self(function.value) and "rotary" in function.attr and not hasattr(module_class, function.attr):
+            yield from ((source, Role.POSITIONS) for source in (*positional, *dict(keywords).values()) if source)
+    elif isinstance(function, ast.Name) and "rotary" in function.id:
+        yield from ((source, Role.ROTATIONS) for source in (*positional, *dict(keywords).values()) if source)
+    elif isinstance(function, ast.Name) and call.args and _is_self(call.args[0]):
+        for name, source in (*keywords, *zip(["attention_mask"], positional[NUM_BEFORE_MASK:])):
+            if source and name in OF_ATTENTION_FUNCTIONS:
+                yield source, OF_ATTENTION_FUNCTIONS[name]
+
+
+def _is_self(expression: ast.expr) -> bool:
+    return isinstance(expression, ast.Name) and expression.id == "self"
+
+
+def _new_names(function: Callable) -> dict[str, str]:
+    """
+    The present names of deprecated arguments, as transformers' `deprecate_kwarg` knows them: it wraps a function and
+    renames what it is given.
+    """
+    found = {}
+    while hasattr(function, "__wrapped__"):
+        known = inspect.getclosurevars(function).nonlocals
+        if isinstance(known.get("old_name"), str) and isinstance(known.get("new_name"), str):
+            found[known["old_name"]] = known["new_name"]
+        function = function.__wrapped__
+    return found
