@@ -98,15 +98,17 @@ def test_taken_with_visual_prompts_alone():
     assert not manager.is_running()
 
 
-def test_managers_that_are_older_than_the_adapter():
-    base = make_llama()
-    with base.continuous_batching_context_manager(
-        generation_config=OPTIONS, continuous_batching_config=BATCHING
-    ) as manager:
-        adapt(base, num_visual_tokens=0, num_interaction_tokens=0)
+def test_managers_that_are_older_than_the_prompts():
+    model = adapt_llama()
+    with model.disable_adapter():
+        manager = model.init_continuous_batching(generation_config=OPTIONS, continuous_batching_config=BATCHING)
+    manager.start()
+    try:
         request = manager.add_request(REQUEST, max_new_tokens=4)
         output = manager.get_result(request, timeout=60)
-    # The first is of attention modules, the second of attention implementations, as transformers 5.8 has them.
+    finally:
+        manager.stop(block=True)
+    # The second is what attention implementations of transformers 5.8 are told.
     assert re.search(r"called with a paged cache|attn_implementation='paged\|sdpa'", output.error)
 
 
