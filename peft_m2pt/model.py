@@ -28,7 +28,7 @@ from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
-from .packing import refuse_mixed_sequences
+from .packing import refuse_boundaries_of_text, refuse_mixed_sequences
 from .processes import let_take_part
 from .register import PREFIX
 from .report import describe
@@ -191,9 +191,11 @@ class M2PTModel(BaseTuner):
             first_layers[kind] = layer
             if layer.hooks:
                 continue
-            tower_path, _ = find_tower(model, kind, config)
+            tower_path, tower = find_tower(model, kind, config)
             layer.hooks += let_gradients_in(model, tower_path, layer.site.path)
-            if kind == "textual":
+            if kind == "visual":
+                layer.hooks += refuse_boundaries_of_text(tower, layer)
+            else:
                 layer.hooks += count_from_first_token(model, layer)
                 layer.hooks += refuse_mixed_sequences(layer)
                 layer.hooks += refuse_continuous_batching(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +38,33 @@ def refuse_mixed_sequences(layer: M2PTAttention) -> list[RemovableHandle]:
         `list[RemovableHandle]`: The hooks.
     """
     return [layer.register_forward_pre_hook(_check_packing, with_kwargs=True)]
+
+
+def refuse_boundaries_of_text(tower: nn.Module, layer: M2PTAttention) -> list[RemovableHandle]:
+    """
+    Lets the vision encoder refuse the boundaries of packed text (`cu_seq_lens_*`), which transformers 5.24 hands to it
+    as well. Flash attention would take them for those of the images.
+
+    Args:
+        tower (`nn.Module`):
+            The vision encoder.
+        layer ([`~peft_m2pt.layer.M2PTAttention`]):
+            The first layer with prompts in it.
+
+    Returns:
+        `list[RemovableHandle]`: The hooks.
+    """
+    return [tower.register_forward_pre_hook(partial(_check_boundaries, layer), with_kwargs=True)]
+
+
+def _check_boundaries(layer: M2PTAttention, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    implementation = layer.base_layer.config._attn_implementation
+    if kwargs.get("cu_seq_lens_q") is not None and implementation not in BY_MASK and layer.is_active:
+        raise UnsupportedModelError(
+            f"{type(tower).__name__} got the boundaries of packed text, which transformers {transformers.__version__} "
+            f"hands to the vision encoder too, with an adapter or without. Leave cu_seq_lens_* and max_length_* out: "
+            f"position_ids tell of packing as well."
+        )
 
 
 def _check_packing(layer: M2PTAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

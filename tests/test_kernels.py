@@ -7,6 +7,7 @@ from attention_kernels import KERNELS, calls, stand_ins
 from families import FAMILIES
 from families.checks import Tuned
 from models import SLIDING_WINDOW, adapt, make_inputs, make_llava, trained_by, without_labels
+from packaging.version import Version
 from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 
@@ -105,13 +106,31 @@ class TestPacking:
     def test_by_positions(self, attn, text):
         self.check(adapt(make_llava(text=text, attn=attn)), *self.pack())
 
+    def with_boundaries(self, packed):
+        boundaries = torch.tensor([0, *self.LENGTHS]).cumsum(0).int()
+        longest = max(self.LENGTHS)
+        arguments = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        return {**packed, **arguments, "max_length_q": longest, "max_length_k": longest}
+
     @pytest.mark.parametrize("text", ["llama", "mistral"])
     def test_by_boundaries(self, text):
         samples, packed = self.pack()
-        boundaries = torch.tensor([0, *self.LENGTHS]).cumsum(0).int()
-        packed |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
-        packed |= {"max_length_q": max(self.LENGTHS), "max_length_k": max(self.LENGTHS)}
-        self.check(adapt(make_llava(text=text, attn="flash_attention_2")), samples, packed)
+        samples = [{"input_ids": sample["input_ids"].clamp(max=90)} for sample in samples]
+        packed = {**packed, "input_ids": packed["input_ids"].clamp(max=90), "pixel_values": None}
+        self.check(adapt(make_llava(text=text, attn="flash_attention_2")), samples, self.with_boundaries(packed))
+
+    def test_by_boundaries_with_images(self):
+        samples, packed = self.pack()
+        packed = self.with_boundaries(packed)
+        model = adapt(make_llava(attn="flash_attention_2"))
+        if Version(transformers.__version__) < Version("5.24"):
+            self.check(model, samples, packed)
+            return
+        # They reach the vision encoder too, where they fit nothing, with prompts or without.
+        with pytest.raises(UnsupportedModelError, match="CLIPVisionModel got the boundaries of packed text"):
+            model(**packed)
+        with model.disable_adapter(), pytest.raises(AssertionError):
+            model(**packed)
 
 
 def test_positions_that_tell_of_no_packing():
