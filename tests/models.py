@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
+    Cache,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -101,6 +105,17 @@ def make_inputs(
 
 def without_labels(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def cache_of(output: Any) -> Cache:
+    """The cache in the output of a model, whatever its name is in this version of transformers."""
+    return next(value for value in output.values() if isinstance(value, Cache))
+
+
+def on_top_of(cache: Cache) -> dict[str, Cache]:
+    """The argument that lets a LLaVA go on from a cache."""
+    parameters = inspect.signature(LlavaForConditionalGeneration.forward).parameters.values()
+    return {next(parameter.name for parameter in parameters if "Cache" in str(parameter.annotation)): cache}
 
 
 def make_config(**kwargs) -> M2PTConfig:

@@ -6,7 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import adapt, make_config, make_inputs, make_llava, randomise, trained_by, without_labels
+from models import (
+    adapt,
+    cache_of,
+    make_config,
+    make_inputs,
+    make_llava,
+    on_top_of,
+    randomise,
+    trained_by,
+    without_labels,
+)
+from transformers import Cache
 
 import peft_m2pt.layer
 from peft_m2pt import M2PTAttention
@@ -182,7 +193,7 @@ def test_kept_rows_are_never_out_of_date(change, context):
     def evaluate(model):
         with context():
             prefill = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}, use_cache=True)
-            step = model(inputs["input_ids"][:, -1:], past_key_values=prefill.past_key_values)
+            step = model(inputs["input_ids"][:, -1:], **on_top_of(cache_of(prefill)))
         return torch.cat([prefill.logits, step.logits], dim=1)
 
     used = adapt(make_llava())
@@ -212,7 +223,8 @@ def test_kept_rows_are_not_copied():
     past = {}
 
     def remember(module, args, kwargs):
-        past["cache"] = kwargs["past_key_values"]  # rows are kept for as long as their cache
+        # Rows are kept for as long as their cache.
+        past["cache"] = next(value for value in kwargs.values() if isinstance(value, Cache))
 
     layer.register_forward_pre_hook(remember, with_kwargs=True)
     peft_model.generate(**without_labels(make_inputs()), max_new_tokens=2)
@@ -227,7 +239,7 @@ def test_weights_that_change_between_two_tokens(part):
     def run(change_after):
         peft_model = adapt(make_llava())
         with torch.no_grad():
-            cache = peft_model(input_ids, use_cache=True).past_key_values
+            cache = cache_of(peft_model(input_ids, use_cache=True))
             for step in range(3):
                 if step == change_after:
                     scale(peft_model, part)
@@ -237,8 +249,8 @@ def test_weights_that_change_between_two_tokens(part):
                     for module in fresh.modules():
                         if isinstance(module, M2PTAttention):
                             module._kept = None
-                    expected = fresh(input_ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
-                logits = peft_model(input_ids[:, :1], past_key_values=cache).logits
+                    expected = fresh(input_ids[:, :1], **on_top_of(copy.deepcopy(cache))).logits
+                logits = peft_model(input_ids[:, :1], **on_top_of(cache)).logits
         assert torch.equal(logits, expected)
         return logits
 
@@ -274,12 +286,12 @@ def add_again(peft_model):
 def test_weights_that_are_replaced_between_two_tokens(change):
     input_ids = make_inputs(images=False)["input_ids"]
     peft_model = adapt(make_llava())
-    cache = peft_model(input_ids, use_cache=True).past_key_values
-    peft_model(input_ids[:, :1], past_key_values=cache)
+    cache = cache_of(peft_model(input_ids, use_cache=True))
+    peft_model(input_ids[:, :1], **on_top_of(cache))
     unchanged = copy.deepcopy(cache)
-    before = copy.deepcopy(peft_model)(input_ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    before = copy.deepcopy(peft_model)(input_ids[:, :1], **on_top_of(copy.deepcopy(cache))).logits
     change(peft_model)
-    logits = peft_model.eval()(input_ids[:, :1], past_key_values=cache).logits
-    expected = copy.deepcopy(peft_model)(input_ids[:, :1], past_key_values=unchanged).logits
+    logits = peft_model.eval()(input_ids[:, :1], **on_top_of(cache)).logits
+    expected = copy.deepcopy(peft_model)(input_ids[:, :1], **on_top_of(unchanged)).logits
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, before)

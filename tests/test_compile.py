@@ -3,7 +3,17 @@
 import pytest
 import torch
 from attention_kernels import stand_ins
-from models import NUM_PATCHES, adapt, make_config, make_inputs, make_llava, randomise, trained_by, without_labels
+from models import (
+    NUM_PATCHES,
+    adapt,
+    make_config,
+    make_inputs,
+    make_llava,
+    on_top_of,
+    randomise,
+    trained_by,
+    without_labels,
+)
 from transformers import CompileConfig, StaticCache
 
 from peft_m2pt import M2PTAttention
@@ -189,9 +199,9 @@ class TestDecoding:
             return StaticCache(config=model.config.text_config, max_cache_len=16)
 
         cache = new_cache()
-        model(**without_labels(make_inputs()), past_key_values=cache)
-        step(input_ids=first, past_key_values=cache)
+        model(**without_labels(make_inputs()), **on_top_of(cache))
+        step(input_ids=first, **on_top_of(cache))
         for seed in (3, 4):
             randomise(model, seed=seed)
             expected = model(input_ids=first).logits
-            assert_close(step(input_ids=first, past_key_values=new_cache()).logits, expected)
+            assert_close(step(input_ids=first, **on_top_of(new_cache())).logits, expected)

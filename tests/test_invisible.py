@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import IMAGE_TOKEN, adapt, make_inputs, make_llava, without_labels
+from models import IMAGE_TOKEN, adapt, cache_of, make_inputs, make_llava, on_top_of, without_labels
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -16,9 +16,9 @@ def test_outputs_have_the_shapes_of_the_base_model(attn):
     base = make_llava(attn=attn)(**inputs, **arguments)
     ours = adapt(make_llava(attn=attn))(**inputs, **arguments)
     assert ours.logits.shape == base.logits.shape
-    assert ours.image_hidden_states.shape == base.image_hidden_states.shape
+    assert [state.shape for state in ours.image_hidden_states] == [state.shape for state in base.image_hidden_states]
     assert [state.shape for state in ours.hidden_states] == [state.shape for state in base.hidden_states]
-    assert ours.past_key_values.get_seq_length() == base.past_key_values.get_seq_length()
+    assert cache_of(ours).get_seq_length() == cache_of(base).get_seq_length()
     if attn == "eager":
         assert len(ours.attentions) == len(base.attentions) == 3
         for with_prompts, without in zip(ours.attentions, base.attentions):
@@ -133,7 +133,7 @@ def test_a_prompt_in_several_turns():
     with torch.no_grad():
         whole = peft_model(input_ids=input_ids).logits
         first = peft_model(input_ids=input_ids[:, :9], use_cache=True)
-        rest = peft_model(input_ids=input_ids[:, 9:], past_key_values=first.past_key_values)
+        rest = peft_model(input_ids=input_ids[:, 9:], **on_top_of(cache_of(first)))
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, atol=1e-5, rtol=1e-5)
 
 

@@ -45,7 +45,11 @@ def render(families: list[Family]) -> str:
     columns = ["family", "visual", "textual", "interaction", *CHECKS]
     rows = [columns, ["---"] * len(columns)]
     for family in sorted(families, key=lambda family: family.name):
-        row = [f"`{family.name}`"]
+        failures = [
+            note(f"without M2PT it does not run either in transformers {version}: {reason}")
+            for version, reason in family.fails_in.items()
+        ]
+        row = [" ".join([f"`{family.name}`", *failures])]
         for kind in ("visual", "textual"):
             reason = family.refused.get(kind)
             row.append("yes" if reason is None else note(f"refused ({reason}): {REFUSALS[kind]}"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from peft_m2pt import M2PTAttention
 
@@ -60,8 +61,9 @@ def lengthened_output(
         arguments["prev_topk_indices"] = selected.expand(len(tokens), -1, -1)
     if "shared_kv_states" in arguments:
         arguments["shared_kv_states"] = {}
-    if "past_key_values" in arguments:
-        arguments["past_key_values"] = None
+    for name, value in arguments.items():
+        if isinstance(value, Cache):
+            arguments[name] = None
     output = attention.forward(**arguments)
     output = output[0] if isinstance(output, tuple) else output
     return insertion.removed(output, output.dim() - 2)

@@ -21,6 +21,9 @@ NO_LANGUAGE_MODEL = "no language model"
 NO_VISUAL = "no visual prompts"
 NO_TEXTUAL = "no textual prompts"
 
+# Of `fails_in`.
+NO_IMAGE_OUTPUTS = "it hands on `image_outputs` of its language model, whose output has none"
+
 # Of `without`: what is true of the model without M2PT, or with any adapter.
 NO_SDPA = "transformers has no sdpa for it"
 SHARED_KEYS = "keys shared between layers lose their gradients under reentrant checkpointing, with any adapter"

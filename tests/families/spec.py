@@ -76,6 +76,8 @@ class Family:
             one pass over all tokens.
         since (`str`):
             The version of transformers from which on all of this is so. Before, the model was another.
+        fails_in (`dict[str, str]`):
+            Versions of transformers in which the model without M2PT does not run at all: the reason.
     """
 
     name: str
@@ -96,12 +98,18 @@ class Family:
     refused: dict[str, str] = field(default_factory=dict)
     without: dict[str, str] = field(default_factory=dict)
     since: str = "0"
+    fails_in: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_known(self) -> bool:
         """Whether the installed transformers has this family, as it is described here."""
         is_new_enough = Version(transformers.__version__) >= Version(self.since)
         return is_new_enough and hasattr(transformers, self.model_class)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model runs without M2PT in the installed transformers."""
+        return transformers.__version__ not in self.fails_in
 
 
 def seeded(*shape: int, seed: int = 3) -> torch.Tensor:
