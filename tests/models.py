@@ -112,6 +112,12 @@ def cache_of(output: Any) -> Cache:
     return next(value for value in output.values() if isinstance(value, Cache))
 
 
+def image_features_of(output: Any) -> torch.Tensor:
+    """The features of all images in the output of a model, one after the other."""
+    of_images = getattr(output, "image_outputs", None)
+    return output.image_hidden_states if of_images is None else torch.cat(list(of_images.pooler_output))
+
+
 def on_top_of(cache: Cache) -> dict[str, Cache]:
     """The argument that lets a LLaVA go on from a cache."""
     parameters = inspect.signature(LlavaForConditionalGeneration.forward).parameters.values()

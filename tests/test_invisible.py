@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import IMAGE_TOKEN, adapt, cache_of, make_inputs, make_llava, on_top_of, without_labels
+from models import IMAGE_TOKEN, adapt, cache_of, image_features_of, make_inputs, make_llava, on_top_of, without_labels
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -16,7 +16,7 @@ def test_outputs_have_the_shapes_of_the_base_model(attn):
     base = make_llava(attn=attn)(**inputs, **arguments)
     ours = adapt(make_llava(attn=attn))(**inputs, **arguments)
     assert ours.logits.shape == base.logits.shape
-    assert [state.shape for state in ours.image_hidden_states] == [state.shape for state in base.image_hidden_states]
+    assert image_features_of(ours).shape == image_features_of(base).shape
     assert [state.shape for state in ours.hidden_states] == [state.shape for state in base.hidden_states]
     assert cache_of(ours).get_seq_length() == cache_of(base).get_seq_length()
     if attn == "eager":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import image_features_of
 from peft import get_peft_model
 from reference import GRADIENTS, IMAGE_FEATURES, LOGITS, LOSS, STATES, load_case, make_model
 
@@ -46,7 +47,7 @@ def test_forward_and_backward(name, attn):
     peft_model = adapted(case, attn)
     inputs = case.inputs
     output = peft_model(**inputs)
-    features = output.image_hidden_states.reshape(case["image_features"].shape)
+    features = image_features_of(output).reshape(case["image_features"].shape)
     torch.testing.assert_close(features, case["image_features"], atol=IMAGE_FEATURES, rtol=0)
     real = inputs["attention_mask"].bool()
     expected = case["logits"][:, case.facts["n_text_prompts"] :]
