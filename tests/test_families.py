@@ -88,6 +88,7 @@ def test_default_config(family):
 SELECTIVE = {
     "dots3_note": lambda config: setattr(config.text_config, "index_topk", 4),
     "glm5_next": lambda config: setattr(config.text_config, "index_topk", 4),
+    "hy_v4_vl": lambda config: setattr(config.text_config, "index_topk", 4),
     "minimax_m3_vl": lambda config: setattr(config.text_config, "index_topk_blocks", 2),
     "mistral_large4": lambda config: setattr(config.text_config, "index_topk", 4),
 }

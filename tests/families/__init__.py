@@ -5,8 +5,10 @@ from . import (
     glm_molmo_clip,
     h_to_p,
     llava_gemma_idefics,
+    new_in_5_24,
     q_to_z_and_encoders,
     qwen_mllama_blip2,
+    speech,
 )
 
 
@@ -19,6 +21,8 @@ FAMILIES = [
         audio_and_a_to_g,
         h_to_p,
         q_to_z_and_encoders,
+        new_in_5_24,
+        speech,
     )
     for family in group.FAMILIES
 ]

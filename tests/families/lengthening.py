@@ -55,9 +55,9 @@ def lengthened_output(
         if name in names:
             arguments[name] = _lengthened_mask(arguments.get(name), insertion, attention, tokens)
     if arguments.get("prev_topk_indices") is not None:
-        # All keys that are not behind the query.
+        # All keys that are not behind the query, some of them several times.
         keys = torch.arange(num_tokens + n)
-        selected = torch.where(keys[None] <= keys[:, None], keys[None], -1)
+        selected = torch.minimum(keys[None], keys[:, None])
         arguments["prev_topk_indices"] = selected.expand(len(tokens), -1, -1)
     if "shared_kv_states" in arguments:
         arguments["shared_kv_states"] = {}

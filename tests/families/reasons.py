@@ -6,6 +6,7 @@ NO_ENCODER_FOUND = "No vision encoder was found"
 NO_DECODER_FOUND = "No language model was found"
 UNKNOWN_ARGUMENTS = "which M2PT does not know how to set for prompts"
 NOT_BEHIND_NORM = "neither the layer's input nor the output of a norm"
+MIXES = "mixes neighbouring tokens with a convolution"
 NO_SELF_ATTENTION = "no layer with self-attention"
 
 # Of `connector`.
@@ -25,12 +26,16 @@ NO_TEXTUAL = "no textual prompts"
 NO_IMAGE_OUTPUTS = "it hands on `image_outputs` of its language model, whose output has none"
 
 # Of `without`: what is true of the model without M2PT, or with any adapter.
+EAGER_TOKENIZER = "transformers has no sdpa for its tokenizer of images or sounds, and so for the whole model"
 NO_SDPA = "transformers has no sdpa for it"
 SHARED_KEYS = "keys shared between layers lose their gradients under reentrant checkpointing, with any adapter"
 BY_KEYWORD = (
     "its vision layers get their input by keyword, which reentrant checkpointing does not follow, with any adapter"
 )
 IN_PLACE = "transformers adds to its embeddings in place, which its own checkpointing hook forbids"
+HARD_DECISIONS = (
+    "one of its two encoders hands on decisions, which let no gradient through: `vision_encoder` can name the other"
+)
 FAILS = "transformers fails under checkpointing, with any adapter"
 NO_CHECKPOINTING = "transformers has no checkpointing for it"
 UNTUNED_CACHE = "generation with and without a cache differ in the untuned model too"
