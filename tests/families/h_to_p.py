@@ -640,7 +640,8 @@ FAMILIES = [
         after=(IMAGE_END,),
         connector=reasons.BY_SIZE,
     ),
-    # no sdpa: the relative position bias exists only in the eager attention
+    # no sdpa: the relative position bias exists only in the eager attention; the first attention in a layer is that to
+    # the outputs of earlier layers
     Family(
         "inkling2",
         "Inkling2ForConditionalGeneration",
@@ -649,8 +650,9 @@ FAMILIES = [
         media=lambda n: {"pixel_values": seeded(n * 6, 8, 8, 3), "image_grid_thw": torch.tensor([[1, 2, 3]] * n)},
         connector=reasons.NO_TEXTUAL,
         has_connector=False,
-        refused={"textual": reasons.UNKNOWN_ARGUMENTS},
+        refused={"textual": reasons.NOT_BEHIND_NORM},
         without={"attention": reasons.NO_SDPA},
+        since="5.24.0",
     ),
     # no gradient in the audio tower (no audio here); the vision tower is a folding MLP without attention
     Family(
@@ -663,7 +665,7 @@ FAMILIES = [
         connector=reasons.NO_TEXTUAL,
         has_connector=False,
         refused={
-            "textual": reasons.UNKNOWN_ARGUMENTS,
+            "textual": reasons.MIXES,
             "visual": reasons.NO_SELF_ATTENTION,
         },
     ),
