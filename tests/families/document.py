@@ -46,7 +46,7 @@ def render(families: list[Family]) -> str:
     rows = [columns, ["---"] * len(columns)]
     for family in sorted(families, key=lambda family: family.name):
         failures = [
-            note(f"without M2PT it does not run either in transformers {version}: {reason}")
+            note(f"does not run in transformers {version}, with M2PT or without: {reason}")
             for version, reason in family.fails_in.items()
         ]
         row = [" ".join([f"`{family.name}`", *failures])]

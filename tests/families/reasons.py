@@ -23,7 +23,7 @@ NO_VISUAL = "no visual prompts"
 NO_TEXTUAL = "no textual prompts"
 
 # Of `fails_in`.
-NO_IMAGE_OUTPUTS = "it hands on `image_outputs` of its language model, whose output has none"
+NO_IMAGE_OUTPUTS = "its forward pass reads `image_outputs` of its language model, which has none"
 
 # Of `without`: what is true of the model without M2PT, or with any adapter.
 EAGER_TOKENIZER = "transformers has no sdpa for its tokenizer of images or sounds, and so for the whole model"

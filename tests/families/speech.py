@@ -97,7 +97,7 @@ def granite_speech_plus():
 
 
 def kyutai_speech_to_text():
-    """An id of a word and ids of two codebooks make one token; 4 samples are a frame."""
+    """An id of a word and ids of two codebooks make one token; 8 samples are a frame."""
     return tr.KyutaiSpeechToTextConfig(
         **IDS,
         hidden_size=48,
@@ -126,7 +126,7 @@ def kyutai_speech_to_text():
             num_attention_heads=4,
             num_key_value_heads=4,
             sliding_window=16,
-            frame_rate=25,
+            frame_rate=12.5,
         ),
     )
 
