@@ -28,6 +28,9 @@ from .towers import FIELDS, TOWERS, Kind, find_tower
 # Arguments with which a layer hands another sequence to an attention module, which is cross-attention then.
 OTHER_SEQUENCES = {"context", "cross_attention_states", "encoder_hidden_states", "key_value_states"}
 
+# Parts of a tower whose output is compared with a threshold, through which no gradient comes back (NeMo SpeechLM).
+HARD_DECISIONS = ("diarization_model",)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -293,8 +296,8 @@ def _site(model: nn.Module, kind: Kind, path: str, layer: int, attention: nn.Mod
     check_signature(attention, path, way_out)
     if any(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for module in attention.modules()):
         raise UnsupportedModelError(
-            f"The attention '{path}' ({type(attention).__name__}) mixes neighbouring tokens with a convolution before "
-            f"it computes keys and values, so those of the tokens would depend on the prompts. {way_out}"
+            f"The attention '{path}' ({type(attention).__name__}) mixes neighbouring tokens with a convolution, in "
+            f"which prompts would have to take part. {way_out}"
         )
     if kind == "textual" and any(_is_table(module) for module in attention.children()):
         raise UnsupportedModelError(
@@ -380,7 +383,8 @@ def _attention_modules(tower: nn.Module, tower_path: str) -> Iterator[tuple[str,
             )
         else:
             for name, child in module.named_children():
-                yield from walk(child, f"{path}.{name}" if path else name)
+                if name not in HARD_DECISIONS:
+                    yield from walk(child, f"{path}.{name}" if path else name)
 
     own_lists = [name for name, child in tower.named_children() if isinstance(child, nn.ModuleList)]
     for name in own_lists:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from .dataflow import forward_code
+from .dataflow import forward_code, new_names
 from .errors import UnsupportedModelError
 
 
@@ -194,7 +195,7 @@ def read_signature(module_class: type) -> Signature:
         arguments.append(Argument(name, Role.INPUT if i == 0 else role, parameter.default))
     roles = {**NAMES, **{argument.name: argument.role for argument in arguments if argument.role is not None}}
     unknown = tuple(argument for argument in arguments if argument.role is None)
-    return Signature(tuple(arguments), roles, unknown, _new_names(module_class.forward))
+    return Signature(tuple(arguments), roles, unknown, new_names(module_class.forward))
 
 
 def check_signature(attention: nn.Module, path: str, remedy: str) -> None:
@@ -319,11 +320,26 @@ def _in_order(node: ast.AST) -> Iterator[ast.AST]:
     yield node
 
 
+# Methods that give the tensor itself, in another form.
+SAME = ("bool", "contiguous", "expand", "float", "squeeze", "to", "type_as", "unsqueeze", "view")
+
+
 def _source(expression: ast.expr, sources: dict[str, str]) -> str | None:
-    """The argument of which an expression is a part, or which it is."""
-    while isinstance(expression, (ast.Subscript, ast.Attribute)):
-        expression = expression.value
-    return sources.get(expression.id) if isinstance(expression, ast.Name) else None
+    """The argument of which an expression is a part or another form, or which it is."""
+    if isinstance(expression, ast.Name):
+        return sources.get(expression.id)
+    if isinstance(expression, (ast.Subscript, ast.Attribute, ast.Starred)):
+        return _source(expression.value, sources)
+    if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
+        return _source(expression.func.value, sources) if expression.func.attr in SAME else None
+    if isinstance(expression, ast.IfExp):
+        found = {_source(branch, sources) for branch in (expression.body, expression.orelse) if not _is_none(branch)}
+        return found.pop() if len(found) == 1 else None
+    return None
+
+
+def _is_none(expression: ast.expr) -> bool:
+    return isinstance(expression, ast.Constant) and expression.value is None
 
 
 def _roles_in_call(call: ast.Call, sources: dict[str, str], module_class: type) -> Iterator[tuple[str, Role]]:
@@ -331,8 +347,6 @@ def _roles_in_call(call: ast.Call, sources: dict[str, str], module_class: type) 
     function = call.func
     keywords = [(keyword.arg, _source(keyword.value, sources)) for keyword in call.keywords]
     positional = [_source(argument, sources) for argument in call.args]
-    if any(isinstance(argument, ast.Starred) for argument in call.args):
-        positional = []
     if isinstance(function, ast.Attribute):
         owner = _source(function.value, sources)
         if owner is not None and function.attr == "update" and len(call.args) > 1:
@@ -341,26 +355,20 @@ def _roles_in_call(call: ast.Call, sources: dict[str, str], module_class: type) 
         if _is_self(function.value) and "rotary" in function.attr and not hasattr(module_class, function.attr):
             yield from ((source, Role.POSITIONS) for source in (*positional, *dict(keywords).values()) if source)
     elif isinstance(function, ast.Name) and "rotary" in function.id:
-        yield from ((source, Role.ROTATIONS) for source in (*positional, *dict(keywords).values()) if source)
+        # `apply_rotary_pos_emb` once took positions as well, behind the rotations.
+        callee = inspect.unwrap(module_class.forward).__globals__.get(function.id)
+        names = list(inspect.signature(callee).parameters) if callable(callee) else []
+        for name, source in (*zip_longest(names, positional), *keywords):
+            if source:
+                yield source, Role.POSITIONS if name == "position_ids" else Role.ROTATIONS
     elif isinstance(function, ast.Name) and call.args and _is_self(call.args[0]):
-        for name, source in (*keywords, *zip(["attention_mask"], positional[NUM_BEFORE_MASK:])):
+        # The mask comes fifth, if nothing before it stands for several arguments.
+        is_counted = not any(isinstance(argument, ast.Starred) for argument in call.args)
+        masks = positional[NUM_BEFORE_MASK : NUM_BEFORE_MASK + 1] if is_counted else []
+        for name, source in (*keywords, *(("attention_mask", source) for source in masks)):
             if source and name in OF_ATTENTION_FUNCTIONS:
                 yield source, OF_ATTENTION_FUNCTIONS[name]
 
 
 def _is_self(expression: ast.expr) -> bool:
     return isinstance(expression, ast.Name) and expression.id == "self"
-
-
-def _new_names(function: Callable) -> dict[str, str]:
-    """
-    The present names of deprecated arguments, as transformers' `deprecate_kwarg` knows them: it wraps a function and
-    renames what it is given.
-    """
-    found = {}
-    while hasattr(function, "__wrapped__"):
-        known = inspect.getclosurevars(function).nonlocals
-        if isinstance(known.get("old_name"), str) and isinstance(known.get("new_name"), str):
-            found[known["old_name"]] = known["new_name"]
-        function = function.__wrapped__
-    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -89,6 +90,27 @@ def forward_code(module_class: type) -> ast.FunctionDef | None:
         return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
+
+
+def new_names(function: Callable) -> dict[str, str]:
+    """
+    The present names of deprecated arguments, by the old ones. transformers' `deprecate_kwarg` wraps a function and
+    renames what it is given; what it renames is only to be found in its closure.
+
+    Args:
+        function (`Callable`):
+            A function, decorated or not.
+
+    Returns:
+        `dict[str, str]`
+    """
+    found = {}
+    while hasattr(function, "__wrapped__"):
+        known = inspect.getclosurevars(function).nonlocals
+        if isinstance(known.get("old_name"), str) and isinstance(known.get("new_name"), str):
+            found[known["old_name"]] = known["new_name"]
+        function = function.__wrapped__
+    return found
 
 
 class _Reader:
@@ -177,8 +199,9 @@ class _Reader:
             child = getattr(self.module, name)
             child = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
             parameters = list(inspect.signature(type(child).forward).parameters)[1:]
+            renamed = new_names(type(child).forward)
             given = dict(zip(parameters, call.args))
-            given.update({keyword.arg: keyword.value for keyword in call.keywords if keyword.arg})
+            given.update({renamed.get(word.arg, word.arg): word.value for word in call.keywords if word.arg})
             first = given.get(parameters[0]) if parameters else None
             names = frozenset(name for name, value in given.items() if not isinstance(value, ast.Constant))
             self.calls.append((name, ChildCall(self._flow(first), names)))

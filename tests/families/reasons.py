@@ -33,9 +33,6 @@ BY_KEYWORD = (
     "its vision layers get their input by keyword, which reentrant checkpointing does not follow, with any adapter"
 )
 IN_PLACE = "transformers adds to its embeddings in place, which its own checkpointing hook forbids"
-HARD_DECISIONS = (
-    "one of its two encoders hands on decisions, which let no gradient through: `vision_encoder` can name the other"
-)
 FAILS = "transformers fails under checkpointing, with any adapter"
 NO_CHECKPOINTING = "transformers has no checkpointing for it"
 UNTUNED_CACHE = "generation with and without a cache differ in the untuned model too"

@@ -268,7 +268,7 @@ FAMILIES = [
         media=lambda n: {**mel(n), "padding_mask": torch.ones(n, 64, dtype=torch.long)},
         num_media_tokens=4,
     ),
-    # no gradient in the diarization model, which stands beside the encoder and says only who speaks
+    # no prompts in the diarization model, which stands beside the encoder and says only who speaks
     Family(
         "nemo_speechlm",
         "Nemotron3_5TranscribeForConditionalGeneration",
@@ -278,7 +278,7 @@ FAMILIES = [
             "input_features_mask": torch.ones(n, 32, dtype=torch.long),
         },
         num_media_tokens=8,
-        without={"training": reasons.HARD_DECISIONS, "generation": reasons.UNTUNED_CACHE},
+        without={"generation": reasons.UNTUNED_CACHE},
     ),
     Family(
         "vibevoice_asr",
