@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from adapter_methods import needs_adapter_methods
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -244,6 +245,7 @@ def test_interrupted_download_of_another_adapter(hub, monkeypatch):
     assert torch.equal(logits(model), expected_logits())
 
 
+@needs_adapter_methods
 def test_interrupted_download_by_transformers(hub, monkeypatch):
     """transformers adds the adapter before it looks for weights. It can be taken away again."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_methods import needs_adapter_methods
 from datasets import Dataset
 from models import adapt, make_config, make_inputs, make_llava, randomise, trained_by, without_labels
 from peft import AutoPeftModel, PeftModel, get_peft_model
@@ -34,6 +35,7 @@ def saved(tmp_path_factory):
 
 
 class TestAdapterMethods:
+    @needs_adapter_methods
     def test_add_adapter(self):
         model = make_llava()
         before = logits(model)
@@ -48,6 +50,7 @@ class TestAdapterMethods:
         model.delete_adapter("default")
         assert torch.equal(logits(model), before)
 
+    @needs_adapter_methods
     def test_several(self, saved):
         folder, expected = saved
         model = AutoModelForImageTextToText.from_pretrained(folder / "base")
@@ -66,6 +69,7 @@ class TestAdapterMethods:
         model.set_adapter("first")
         assert torch.equal(logits(model), first)
 
+    @needs_adapter_methods
     def test_training(self):
         model = make_llava()
         model.add_adapter(make_config())
