@@ -23,6 +23,7 @@ from .dataflow import ChildCall, Flow, find_calls, first_reader
 from .errors import UnsupportedModelError
 from .positions import Rotary, find_rotary
 from .towers import FIELDS, TOWERS, Kind, find_tower
+from .upstream import recorded_attention_classes
 
 
 # Arguments with which a layer hands another sequence to an attention module, which is cross-attention then.
@@ -367,7 +368,7 @@ def _attention_modules(tower: nn.Module, tower_path: str) -> Iterator[tuple[str,
 
     A language model's own list of layers is what counts in it; beside it there may be encoders.
     """
-    recorded = _recorded_attention_classes(tower)
+    recorded = recorded_attention_classes(tower)
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
@@ -394,15 +395,3 @@ def _attention_modules(tower: nn.Module, tower_path: str) -> Iterator[tuple[str,
         if found:
             return
     yield from walk(tower, tower_path)
-
-
-def _recorded_attention_classes(tower: nn.Module) -> tuple[type, ...]:
-    """The classes whose attention weights transformers records for the tower, where it says so."""
-    classes: list[type] = []
-    for module in tower.modules():
-        specs = (getattr(module, "_can_record_outputs", None) or {}).get("attentions", [])
-        for spec in specs if isinstance(specs, list) else [specs]:
-            target = getattr(spec, "target_class", spec)
-            if isinstance(target, type):
-                classes.append(target)
-    return tuple(classes)

@@ -25,8 +25,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from .dataflow import forward_code, new_names
+from .dataflow import forward_code
 from .errors import UnsupportedModelError
+from .upstream import new_names
 
 
 class Role(Enum):

@@ -30,6 +30,7 @@ from .errors import UnsupportedModelError
 from .flash import attend_flash
 from .flex import attend_flex
 from .rows import Rows
+from .upstream import attention_implementation
 
 
 # How prompt rows get into each implementation.
@@ -212,7 +213,7 @@ def find_extension(module: nn.Module, path: str) -> Callable:
     Raises:
         UnsupportedModelError: If M2PT does not know the implementation.
     """
-    implementation = module.config._attn_implementation
+    implementation = attention_implementation(module)
     attend = find_attention_call(type(module)).interface.get(implementation)
     if isinstance(attend, PromptAttention):
         return attend.extension
@@ -241,16 +242,17 @@ def extend_attention_function(module: nn.Module, path: str) -> None:
     Raises:
         UnsupportedModelError: If M2PT does not know the attention implementation in use.
     """
-    implementation = module.config._attn_implementation
+    implementation = attention_implementation(module)
     interface = find_attention_call(type(module)).interface
     attend = interface.get(implementation)
     if isinstance(attend, PromptAttention):
         return
     extended = PromptAttention(find_extension(module, path), attend)
-    if implementation in interface._local_mapping:
-        interface[implementation] = extended
-    else:
+    # An interface without entries of its own shows those of all.
+    if type(interface)().get(implementation) is attend:
         interface.register(implementation, extended)
+    else:
+        interface[implementation] = extended
 
 
 def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_rows: int) -> Rows:

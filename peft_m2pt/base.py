@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from .upstream import offloaded_to
 
 
 NOT_MERGEABLE = (
@@ -121,8 +122,7 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
         # made: PEFT asks for it here also after loading, and would cast away what half precision cannot hold.
         for module in base_layer.modules():
             for parameter in module.parameters(recurse=False):
-                is_offloaded = has_offloaded_params(module)
-                return module._hf_hook.execution_device if is_offloaded else parameter.device, None
+                return offloaded_to(module) or parameter.device, None
         return None, None
 
     def _new_prompt(self, num_tokens: int, width: int) -> M2PTPrompt:

@@ -13,11 +13,7 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .layer import M2PTAttention
-
-
-# The method of transformers' models on which all ways into continuous batching rest: `generate_batch`, its context
-# manager, and the servers of transformers and TRL.
-ENTRANCE = "init_continuous_batching"
+from .upstream import CONTINUOUS_BATCHING
 
 
 class RefuseContinuousBatching:
@@ -31,11 +27,11 @@ class RefuseContinuousBatching:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        setattr(model, ENTRANCE, partial(_init_continuous_batching, model))
+        setattr(model, CONTINUOUS_BATCHING, partial(_init_continuous_batching, model))
 
     def remove(self) -> None:
         """Gives the model back its method."""
-        vars(self.model).pop(ENTRANCE, None)
+        vars(self.model).pop(CONTINUOUS_BATCHING, None)
 
 
 def refuse_continuous_batching(model: nn.Module) -> list[RefuseContinuousBatching]:
@@ -50,7 +46,7 @@ def refuse_continuous_batching(model: nn.Module) -> list[RefuseContinuousBatchin
         `list[RefuseContinuousBatching]`: What takes the preparation away. Empty if the model has no continuous
         batching, or is prepared already.
     """
-    is_needed = hasattr(type(model), ENTRANCE) and ENTRANCE not in vars(model)
+    is_needed = hasattr(type(model), CONTINUOUS_BATCHING) and CONTINUOUS_BATCHING not in vars(model)
     return [RefuseContinuousBatching(model)] if is_needed else []
 
 
@@ -62,4 +58,4 @@ def _init_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> An
                 f"its paged cache holds keys and values of several requests. Use generate(...) instead of continuous "
                 f"batching, or disable the adapter."
             )
-    return getattr(type(model), ENTRANCE)(model, *args, **kwargs)
+    return getattr(type(model), CONTINUOUS_BATCHING)(model, *args, **kwargs)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from .upstream import new_names
 
 
 @dataclass(frozen=True)
@@ -90,27 +91,6 @@ def forward_code(module_class: type) -> ast.FunctionDef | None:
         return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
-
-
-def new_names(function: Callable) -> dict[str, str]:
-    """
-    The present names of deprecated arguments, by the old ones. transformers' `deprecate_kwarg` wraps a function and
-    renames what it is given; what it renames is only to be found in its closure.
-
-    Args:
-        function (`Callable`):
-            A function, decorated or not.
-
-    Returns:
-        `dict[str, str]`
-    """
-    found = {}
-    while hasattr(function, "__wrapped__"):
-        known = inspect.getclosurevars(function).nonlocals
-        if isinstance(known.get("old_name"), str) and isinstance(known.get("new_name"), str):
-            found[known["old_name"]] = known["new_name"]
-        function = function.__wrapped__
-    return found
 
 
 class _Reader:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .arguments import Role
 from .base import M2PTLayer
+from .upstream import checkpoints_reentrantly
 
 
 class LetGradientsIn:
@@ -34,7 +35,7 @@ class LetGradientsIn:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         wants_none = isinstance(output, torch.Tensor) and output.is_floating_point() and not output.requires_grad
-        if wants_none and torch.is_grad_enabled() and any(map(_checkpoints_reentrantly, self.holders)):
+        if wants_none and torch.is_grad_enabled() and any(map(checkpoints_reentrantly, self.holders)):
             # A copy, since no leaf may be written into.
             return output.requires_grad_().clone()
         return None
@@ -49,12 +50,6 @@ class LetGradientsIn:
                 if not is_around and any(True for _ in child.parameters()):
                     handles.append(child.register_forward_hook(self))
         return handles
-
-
-def _checkpoints_reentrantly(module: nn.Module) -> bool:
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    is_on = module.training and getattr(module, "gradient_checkpointing", False)
-    return is_on and getattr(function, "keywords", {}).get("use_reentrant", False)
 
 
 def let_gradients_in(model: nn.Module, tower_path: str, layer_path: str) -> list[RemovableHandle]:

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .dense import attend_masked, is_causal
 from .errors import UnsupportedModelError
 from .rows import Rows
+from .upstream import attention_implementation
 
 
 # Arguments that tell where packed sequences begin, and how long the longest is.
@@ -140,7 +141,7 @@ def _attend_in_window(
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} combines a sliding window, shorter than the {key.shape[2]} tokens, with "
-                f"{name}, which attn_implementation={module.config._attn_implementation!r} cannot do with prompts. "
+                f"{name}, which attn_implementation={attention_implementation(module)!r} cannot do with prompts. "
                 f"Use model.set_attn_implementation('eager')."
             )
     keys = torch.arange(key.shape[2], device=key.device)

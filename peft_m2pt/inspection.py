@@ -6,10 +6,8 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-import transformers
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .anatomy import Site, find_layers
 from .arguments import Role, read_signature
@@ -18,6 +16,7 @@ from .errors import UnsupportedModelError
 from .interaction import find_connector
 from .report import ranges
 from .towers import TOWERS, Kind, find_tower
+from .upstream import make_on_meta
 
 
 KINDS: tuple[Kind, ...] = ("visual", "textual")
@@ -58,19 +57,7 @@ def inspect_model(source: str | PreTrainedModel) -> str:
 def _make_model(source: str) -> PreTrainedModel:
     path = Path(source)
     config = AutoConfig.from_pretrained(path.parent if path.is_file() else source)
-    with torch.device("meta"):
-        return _model_class(config)._from_config(config)
-
-
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that the config names, or that the auto classes choose for it."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    for auto_class in (transformers.AutoModelForMultimodalLM, transformers.AutoModelForImageTextToText, AutoModel):
-        if type(config) in auto_class._model_mapping:
-            return auto_class._model_mapping[type(config)]
-    raise ValueError(f"transformers {transformers.__version__} has no model for {type(config).__name__}.")
+    return make_on_meta(config)
 
 
 def _line(label: str, text: str) -> str:

@@ -43,6 +43,7 @@ from .stacking import (
     wrapper_prefix,
 )
 from .towers import find_tower, has_tower
+from .upstream import renamed_weights
 from .weighted import add_weighted_adapter
 
 
@@ -173,8 +174,7 @@ class M2PTModel(BaseTuner):
 
     def _load_weights(self, model: nn.Module, config: M2PTConfig) -> None:
         """Reads the weights that PEFT is about to load, so that wrong ones are refused before anything is changed."""
-        key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        weights = self._source.load_weights(key_mapping)
+        weights = self._source.load_weights(renamed_weights(model))
         self._weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
         check_saved_modules(model, config, self._weights)
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .arguments import Role
 from .errors import UnsupportedModelError
+from .upstream import attention_implementation
 
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def refuse_boundaries_of_text(tower: nn.Module, layer: M2PTAttention) -> list[Re
 
 
 def _check_boundaries(layer: M2PTAttention, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    implementation = layer.base_layer.config._attn_implementation
+    implementation = attention_implementation(layer.base_layer)
     if kwargs.get("cu_seq_lens_q") is not None and implementation not in BY_MASK and layer.is_active:
         raise UnsupportedModelError(
             f"{type(tower).__name__} got the boundaries of packed text, which transformers {transformers.__version__} "
@@ -68,7 +69,7 @@ def _check_boundaries(layer: M2PTAttention, tower: nn.Module, args: tuple[Any, .
 
 
 def _check_packing(layer: M2PTAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    implementation = layer.base_layer.config._attn_implementation
+    implementation = attention_implementation(layer.base_layer)
     if implementation not in BY_MASK or not layer.is_active:
         return
     signature = layer.signature

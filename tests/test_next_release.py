@@ -4,7 +4,6 @@ them. What M2PT gives with these is what it gives with Llama as it is.
 """
 
 import functools
-import inspect
 
 import pytest
 import torch
@@ -228,14 +227,3 @@ def test_unknown_values_are_refused_before_anything_is_computed(attention, optio
     assert not calls
     with model.disable_adapter():
         model(**INPUTS)
-
-
-def test_decorators_of_transformers_tell_what_they_rename():
-    """If this fails, `deprecate_kwarg` has changed: `new_names` in dataflow.py reads its closure."""
-
-    @deprecate_kwarg("before", "99.0", new_name="after")
-    def function(after=None):
-        return after
-
-    assert inspect.getclosurevars(function).nonlocals["old_name"] == "before"
-    assert inspect.getclosurevars(function).nonlocals["new_name"] == "after"

@@ -1,0 +1,97 @@
+"""
+What this package uses of transformers and accelerate beside their documented interfaces, in one place.
+
+When a release changes any of it, `tests/test_upstream_ground.py` fails and says what has changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+import transformers
+from accelerate.utils import has_offloaded_params
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+
+# The method of models on which all ways into continuous batching rest: `generate_batch`, its context manager, and the
+# servers of transformers and TRL.
+CONTINUOUS_BATCHING = "init_continuous_batching"
+
+
+def attention_implementation(attention: nn.Module) -> str:
+    """The name of the attention implementation that a module looks up, such as "sdpa"."""
+    return attention.config._attn_implementation
+
+
+def recorded_attention_classes(tower: nn.Module) -> tuple[type, ...]:
+    """The classes of modules whose attention weights transformers records for a tower, where it says so."""
+    classes: list[type] = []
+    for module in tower.modules():
+        specs = (getattr(module, "_can_record_outputs", None) or {}).get("attentions", [])
+        for spec in specs if isinstance(specs, list) else [specs]:
+            target = getattr(spec, "target_class", spec)
+            if isinstance(target, type):
+                classes.append(target)
+    return tuple(classes)
+
+
+def checkpoints_reentrantly(module: nn.Module) -> bool:
+    """Whether a module runs its layers under reentrant gradient checkpointing."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    is_on = module.training and getattr(module, "gradient_checkpointing", False)
+    return is_on and getattr(function, "keywords", {}).get("use_reentrant", False)
+
+
+def renamed_weights(model: nn.Module) -> dict[str, str] | None:
+    """How transformers renames the weights of a model's older checkpoints: regular expressions and replacements."""
+    return getattr(model, "_checkpoint_conversion_mapping", None)
+
+
+def new_names(function: Callable) -> dict[str, str]:
+    """
+    The present names of deprecated arguments, by the old ones. transformers' `deprecate_kwarg` wraps a function and
+    renames what it is given; what it renames is only to be found in its closure.
+
+    Args:
+        function (`Callable`):
+            A function, decorated or not.
+
+    Returns:
+        `dict[str, str]`
+    """
+    found = {}
+    while hasattr(function, "__wrapped__"):
+        known = inspect.getclosurevars(function).nonlocals
+        if isinstance(known.get("old_name"), str) and isinstance(known.get("new_name"), str):
+            found[known["old_name"]] = known["new_name"]
+        function = function.__wrapped__
+    return found
+
+
+def make_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """
+    Makes the model that a config is of, on the meta device: the class that it names, or that the auto classes choose.
+
+    Raises:
+        ValueError: If the installed transformers has no such model.
+    """
+    with torch.device("meta"):
+        return _model_class(config)._from_config(config)
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto_class in (transformers.AutoModelForMultimodalLM, transformers.AutoModelForImageTextToText, AutoModel):
+        if type(config) in auto_class._model_mapping:
+            return auto_class._model_mapping[type(config)]
+    raise ValueError(f"transformers {transformers.__version__} has no model for {type(config).__name__}.")
+
+
+def offloaded_to(module: nn.Module) -> torch.device | None:
+    """The device on which accelerate runs a module whose weights are offloaded, `None` if they are not."""
+    return module._hf_hook.execution_device if has_offloaded_params(module) else None

@@ -1,0 +1,139 @@
+"""
+What the package stands on beside documented interfaces (`peft_m2pt/upstream.py`, and the methods of PEFT's tuners that
+M2PT overrides). A failure here says what a release of transformers, PEFT or accelerate has changed.
+"""
+
+import inspect
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from models import adapt, make_llava
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.utils.deprecation import deprecate_kwarg
+
+from peft_m2pt import M2PTConfig, upstream
+
+
+class TestTransformers:
+    def test_the_implementation_in_use(self):
+        model = make_llava()
+        attention = model.model.language_model.layers[0].self_attn
+        for name in ("sdpa", "eager"):
+            model.set_attn_implementation(name)
+            assert upstream.attention_implementation(attention) == name, "where the implementation is kept has changed"
+
+    def test_interfaces_show_the_entries_of_all_and_their_own(self):
+        own = AttentionInterface()
+        own["m2pt_test"] = print
+        assert own.get("m2pt_test") is print, "an entry of one interface is not found in it"
+        assert AttentionInterface().get("m2pt_test") is None, "an entry of one interface is seen in all"
+        AttentionInterface.register("m2pt_test", len)
+        try:
+            assert AttentionInterface().get("m2pt_test") is len, "a registered entry is not seen in all interfaces"
+            assert own.get("m2pt_test") is print, "an interface's own entry no longer comes first"
+        finally:
+            AttentionInterface._global_mapping.pop("m2pt_test")
+
+    def test_recorded_attention(self):
+        recorded = upstream.recorded_attention_classes(make_llava().model.language_model)
+        assert LlamaAttention in recorded, "`_can_record_outputs` no longer says whose attention weights are recorded"
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_checkpointing(self, use_reentrant):
+        model = make_llava().train()
+        layer = model.model.language_model.layers[0]
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        assert upstream.checkpoints_reentrantly(layer) == use_reentrant, "where checkpointing is kept has changed"
+        model.gradient_checkpointing_disable()
+        assert not upstream.checkpoints_reentrantly(layer)
+
+    def test_deprecated_arguments(self):
+        @deprecate_kwarg("before", "99.0", new_name="after")
+        def function(after=None):
+            return after
+
+        assert upstream.new_names(function) == {"before": "after"}, "`deprecate_kwarg` keeps names in another way"
+
+    def test_models_on_meta(self):
+        config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+        model = upstream.make_on_meta(config)
+        assert all(weight.is_meta for weight in model.parameters())
+        config.architectures = ["LlamaForCausalLM"]
+        assert type(upstream.make_on_meta(config)) is LlamaForCausalLM
+        llava = make_llava().config
+        assert type(upstream.make_on_meta(llava)).__name__ == "LlavaForConditionalGeneration"
+
+        class Unknown(LlamaConfig):
+            model_type = "unknown"
+
+        with pytest.raises(ValueError, match="has no model for Unknown"):
+            upstream.make_on_meta(Unknown())
+
+    def test_continuous_batching(self):
+        method = getattr(LlamaForCausalLM, upstream.CONTINUOUS_BATCHING, None)
+        assert method is not None, "continuous batching has another entrance"
+        source = inspect.getsource(LlamaForCausalLM.continuous_batching_context_manager)
+        assert f"self.{upstream.CONTINUOUS_BATCHING}(" in source, "the context manager has another entrance"
+        source = inspect.getsource(LlamaForCausalLM.generate_batch)
+        assert "self.continuous_batching_context_manager(" in source, "`generate_batch` has another entrance"
+
+
+OVERRIDDEN = {
+    BaseTuner: {
+        "_check_merge_allowed": [],
+        "_check_target_module_exists": ["peft_config", "key"],
+        "_create_and_replace": ["peft_config", "adapter_name", "target", "target_name", "parent", "current_key"],
+        "_get_adapter_state_dict": ["model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"],
+        "_prepare_adapter_config": ["peft_config", "model_config"],
+        "_prepare_model": ["peft_config", "model"],
+        "_remap_adapter_state_dict_for_load": ["model", "config", "adapter_name", "state_dict"],
+        "_replace_module": ["parent", "child_name", "new_module", "child"],
+        "_unload_and_optionally_merge": ["merge"],
+        "inject_adapter": ["model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"],
+    },
+    BaseTunerLayer: {
+        "_get_available_adapters": [],
+        "_get_base_layer_device_and_dtype": ["base_layer"],
+        "_move_adapter_to_device_of_base_layer": ["adapter_name"],
+        "delete_adapter": ["adapter_name"],
+    },
+}
+
+
+class TestPeft:
+    @pytest.mark.parametrize("owner, name", [(owner, name) for owner in OVERRIDDEN for name in OVERRIDDEN[owner]])
+    def test_overridden_methods(self, owner, name):
+        method = getattr(owner, name, None)
+        assert method is not None, f"PEFT's {owner.__name__} has no {name} any more, which M2PT overrides or calls"
+        names = [parameter for parameter in inspect.signature(method).parameters if parameter not in ("self", "cls")]
+        expected = OVERRIDDEN[owner][name]
+        assert names[: len(expected)] == expected, f"{owner.__name__}.{name} takes other arguments: {names}"
+
+    def test_the_sign_that_weights_are_about_to_be_loaded(self, tmp_path, monkeypatch):
+        adapt(make_llava()).save_pretrained(tmp_path)
+        signs = []
+        set_attribute = M2PTConfig.__setattr__
+
+        def note(config, name, value):
+            signs.append(name)
+            set_attribute(config, name, value)
+
+        config = M2PTConfig.from_pretrained(tmp_path)
+        monkeypatch.setattr(M2PTConfig, "__setattr__", note)
+        PeftModel.from_pretrained(make_llava(), tmp_path, config=config)
+        assert signs and signs[0] == "inference_mode", f"PeftModel.from_pretrained first sets {signs[:1]} on a config"
+
+    def test_arguments_of_the_hub(self):
+        hub_arguments, *_ = PeftConfig._split_kwargs({"revision": "v2", "inference_mode": True})
+        assert hub_arguments == {"revision": "v2"}, "PeftConfig._split_kwargs sorts arguments in another way"
+
+
+def test_offloaded_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert upstream.offloaded_to(model[0]) is None
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert upstream.offloaded_to(model[0]) == torch.device("cpu"), "accelerate's hooks keep their device elsewhere"
