@@ -1,6 +1,7 @@
 """The versions that are tested: where they are written, and what errors say of later ones."""
 
 import pickle
+import re
 import subprocess
 import sys
 import tomllib
@@ -65,6 +66,21 @@ class TestOneTable:
             (bound,) = [part.version for part in requirement.specifier if part.operator == ">="]
             assert Version(bound) == Version(lowest[requirement.name]), requirement
         assert set(TESTED) <= {Requirement(text).name for text in project["dependencies"]}
+
+    def test_readme(self):
+        text = " ".join((ROOT / "README.md").read_text().split())
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        pythons = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: \d+\.\d+$", name)]
+        assert (
+            f"Python {pythons[0]} to {pythons[-1]}, transformers {minors('transformers')}, PEFT {minors('peft')}, "
+            f"torch {minors('torch')}, accelerate {minors('accelerate')}." in text
+        )
+        assert project["requires-python"] == f">={pythons[0]}"
+
+    def test_docs(self):
+        text = (ROOT / "docs" / "faq.md").read_text()
+        rows = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \|$", text, re.MULTILINE)
+        assert {package: tuple(versions) for package, *versions in rows[1:]} == TESTED
 
 
 @pytest.mark.parametrize(
