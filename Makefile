@@ -1,11 +1,14 @@
-# Everything runs in .venv, which `make` creates and keeps up to date with pyproject.toml and the constraints.
+# Everything runs in .venv, which `make` creates and keeps up to date with pyproject.toml and the constraints. For another
+# Python, name another folder too: PYTHON=python3.13 VENV=.venv-3.13 make test
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
+# What there are constraints-*.txt and environments for, beside the pinned versions.
+VERSIONS := lowest middle newest main
 # One process of tests for each core, and the tests of a file in one of them, since they share models.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-.PHONY: quickstart benchmark test test-versions test-lowest test-newest test-deepspeed models style lint clean
+.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed models style lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -21,8 +24,8 @@ test: $(VENV)/installed
 models: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -m families
 
-# The lowest supported versions and the newest that there are. Downloads a few gigabytes.
-test-versions: test-lowest test-newest
+# The lowest supported versions, those between, and the newest that there are. Downloads a few gigabytes.
+test-versions: test-lowest test-middle test-newest
 
 # The versions of torchao that PEFT takes need a later torch than the lowest, and so does compiling models of transformers.
 # TRL needs later versions of accelerate and datasets, FSDP2 a later accelerate, and to resume in two processes on CPUs, torch.
@@ -32,8 +35,9 @@ test-lowest: $(VENV)-lowest/installed
 		--ignore=tests/test_trl.py --ignore=tests/test_benchmarks.py \
 		--deselect=tests/test_upstream.py::TestCompiling --deselect=tests/test_processes.py::test_two_processes $(ARGS)
 
-test-newest: $(VENV)-newest/installed
-	$(VENV)-newest/bin/$(PYTEST) $(ARGS)
+# Of the main branches, what was there when .venv-main was made: `rm -r .venv-main` for those of today.
+test-middle test-newest test-main: test-%: $(VENV)-%/installed
+	$(VENV)-$*/bin/$(PYTEST) $(ARGS)
 
 # DeepSpeed is built against the torch that is there, with what it needs on CPUs (takes g++ and some minutes).
 test-deepspeed: $(VENV)-deepspeed/installed
@@ -54,9 +58,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
 	touch $@
 
+GROUP := dev
 $(VENV)-lowest/installed: GROUP := lowest
-$(VENV)-newest/installed: GROUP := dev
-$(VENV)-lowest/installed $(VENV)-newest/installed: $(VENV)-%/installed: pyproject.toml constraints-%.txt
+$(VERSIONS:%=$(VENV)-%/installed): $(VENV)-%/installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(VENV)-$*/bin/python -m pip install --quiet --upgrade --constraint constraints-$*.txt --group $(GROUP) --editable .
@@ -72,4 +76,5 @@ $(VENV)-deepspeed/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-deepspeed quickstart-output dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed
+	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .convert import convert_checkpoint
+from .environment import describe_environment
 from .inspection import inspect_model
 from .running import find_program
 
@@ -86,6 +87,20 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect)
 
+    env = commands.add_parser(
+        "env",
+        help="say with which versions and on what platform M2PT runs, for a bug report",
+        description="Says with which versions and on what platform M2PT runs, and whether it was tested with them. "
+        "With a model, also which attention implementation transformers chooses for its parts. No weights are loaded.",
+    )
+    env.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL_OR_CONFIG",
+        help="folder with a config.json, such a file, or a model id of the Hub",
+    )
+    env.set_defaults(run=_env)
+
     run = commands.add_parser(
         "run",
         help="run another program with M2PT registered, so that it can load M2PT adapters",
@@ -115,6 +130,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     print(inspect_model(arguments.model))
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    print(describe_environment(arguments.model))
 
 
 def _run(arguments: argparse.Namespace) -> Callable[[], Any]:

@@ -1,7 +1,30 @@
 """Errors of this package."""
 
+from .tested import newer_than_tested
 
-class UnsupportedModelError(ValueError):
+
+class M2PTError(ValueError):
+    """
+    What the errors of this package are.
+
+    Where an installed package is newer than all versions that this one was tested with, messages end with a line that
+    says so, since that may be why.
+    """
+
+    @property
+    def reason(self) -> str:
+        """The message without that line, to be quoted in another text."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        line = newer_than_tested()
+        if line is None:
+            return self.reason
+        # Once, and at the end, also where this error quotes another one.
+        return self.reason.replace(f"\n{line}", "") + f"\n{line}"
+
+
+class UnsupportedModelError(M2PTError):
     """
     M2PT cannot adapt a model, or a part of it.
 
@@ -10,7 +33,7 @@ class UnsupportedModelError(ValueError):
     """
 
 
-class ConversionError(ValueError):
+class ConversionError(M2PTError):
     """
     A checkpoint cannot be converted.
 
@@ -18,7 +41,7 @@ class ConversionError(ValueError):
     """
 
 
-class AdapterFileError(ValueError):
+class AdapterFileError(M2PTError):
     """
     A file of a saved adapter is damaged, or is no such file.
 

@@ -15,6 +15,7 @@ from .config import M2PTConfig
 from .errors import UnsupportedModelError
 from .interaction import find_connector
 from .report import ranges
+from .tested import newer_than_tested
 from .towers import TOWERS, Kind, find_tower
 from .upstream import make_on_meta
 
@@ -39,7 +40,7 @@ def inspect_model(source: str | PreTrainedModel) -> str:
         ValueError: If the config is not that of a model in the installed transformers.
         OSError: If there is no config.
     """
-    model = source if isinstance(source, PreTrainedModel) else _make_model(source)
+    model = source if isinstance(source, PreTrainedModel) else make_model(source)
     lines = [f"{type(model).__name__} ({model.config.model_type})", ""]
     refused: list[Kind] = []
     for kind in KINDS:
@@ -47,14 +48,17 @@ def inspect_model(source: str | PreTrainedModel) -> str:
             lines += _describe_tower(model, kind)
         except UnsupportedModelError as error:
             refused.append(kind)
-            lines.append(_line(TOWERS[kind], f"no {kind} prompts: {error}"))
+            lines.append(_line(TOWERS[kind], f"no {kind} prompts: {error.reason}"))
     lines += [_line("connector", _describe_connector(model)), ""]
+    if refused and (note := newer_than_tested()):
+        lines += [note, ""]
     if len(refused) == len(KINDS):
         return "\n".join([*lines, "M2PT cannot adapt this model."])
     return "\n".join([*lines, *_describe_default(model, refused)])
 
 
-def _make_model(source: str) -> PreTrainedModel:
+def make_model(source: str) -> PreTrainedModel:
+    """Makes the model of a folder with a `config.json`, of such a file, or of the Hub, on the meta device."""
     path = Path(source)
     config = AutoConfig.from_pretrained(path.parent if path.is_file() else source)
     return make_on_meta(config)
@@ -98,7 +102,7 @@ def _describe_connector(model: PreTrainedModel) -> str:
     try:
         connector = find_connector(model, M2PTConfig())
     except UnsupportedModelError as error:
-        return f"none: {error}"
+        return f"none: {error.reason}"
     kind = {
         None: "no interaction prompts, since no fixed number of rows of features makes one token",
         1: "one token of each row of features",

@@ -125,7 +125,7 @@ def resolve_interaction(model: nn.Module, config: M2PTConfig) -> tuple[int, Conn
         if config.connector is not None or (num_tokens > 0 and not left_to_the_model):
             raise
         if all(has_tower(model, kind, config) for kind in ("visual", "textual")):
-            warnings.warn(f"{error} There are no interaction prompts now, and the connector is not tuned.")
+            warnings.warn(f"{error.reason} There are no interaction prompts now, and the connector is not tuned.")
         return 0, None
     reason = _why_no_interaction(model, connector, config) if num_tokens > 0 else None
     if reason is not None:

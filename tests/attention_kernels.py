@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from unittest.mock import patch
 
+import pytest
 import torch
 import transformers.masking_utils
 import transformers.modeling_flash_attention_utils as flash_utils
@@ -136,12 +136,14 @@ def stand_ins() -> Iterator[None]:
         "flash_attn_interface": version_3,
     }
     calls.clear()
-    with (
-        patch.dict(sys.modules, modules),
-        patch.object(flash_utils, "is_flash_attn_2_available", lambda: True),
-        patch.object(flash_utils, "_loaded_implementation", None),
-        patch.object(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True),
-        patch.object(WrappedFlexAttention, "__call__", lambda self: flex_attention),
-        patch.object(transformers.masking_utils, "create_block_mask", _create_block_mask),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
+        # One by one: `mock.patch.dict` would also take away what is imported while this is open, and torch._inductor
+        # cannot be imported twice.
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(flash_utils, "is_flash_attn_2_available", lambda: True)
+        patch.setattr(flash_utils, "_loaded_implementation", None)
+        patch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
+        patch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
+        patch.setattr(transformers.masking_utils, "create_block_mask", _create_block_mask)
         yield

@@ -695,8 +695,8 @@ def test_command(folders, capsys):
     )
     assert (folders.output / "base" / "model.safetensors.index.json").exists()
     assert main(arguments(folders)) == 1
-    error = f"error: {folders.output} exists and is not empty. Choose another output folder.\n"
-    assert capsys.readouterr().err == error
+    error = ConversionError(f"{folders.output} exists and is not empty. Choose another output folder.")
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_command_as_a_module(folders):

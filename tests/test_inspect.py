@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from peft_m2pt.cli import main
 from peft_m2pt.inspection import inspect_model
+from peft_m2pt.tested import newer_than_tested
 
 
 def find(name):
@@ -74,6 +75,15 @@ def test_a_model_that_is_refused(tmp_path):
     text = inspect_model(str(save_config("blip", tmp_path)))
     assert "goes round the attention interface" in text
     assert text.endswith("M2PT cannot adapt this model.")
+
+
+@pytest.mark.parametrize("name, is_refused", [("blip", True), ("vit", True), ("qwen2_vl", False)])
+def test_newer_versions_than_the_tested_ones(tmp_path, monkeypatch, name, is_refused):
+    """They are said once, and only if something is refused."""
+    monkeypatch.setattr("peft_m2pt.tested.version", lambda package: "99.0.0")
+    lines = inspect_model(str(save_config(name, tmp_path))).splitlines()
+    assert sum("99.0.0" in line for line in lines) == is_refused
+    assert (newer_than_tested() in lines) == is_refused
 
 
 def test_no_weights_are_made(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Flash and flex attention: what they give with prompts is what "sdpa" gives, run by stand-ins for their kernels."""
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -215,3 +217,11 @@ def test_kernels_from_the_hub():
         for name in ("kernels-community/flash-attn2", "kernels-community/other"):
             AttentionInterface._global_mapping.pop(name)
         transformers.AttentionMaskInterface._global_mapping.pop("kernels-community/flash-attn2")
+
+
+def test_modules_imported_beside_the_stand_ins_stay(monkeypatch):
+    """Some cannot be imported twice: torch._inductor registers things."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with stand_ins():
+        import colorsys
+    assert sys.modules["colorsys"] is colorsys

@@ -1,27 +1,34 @@
-"""The wheel, in an environment of its own."""
+"""What is released: the source distribution, and the wheel in an environment of its own."""
 
 import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import peft_m2pt
 
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
+def build_wheel(source, folder):
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source],
         check=True,
     )
     return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def test_contents(wheel):
@@ -51,3 +58,24 @@ def test_installed_wheel(wheel, tmp_path):
     ).stdout
     assert output.splitlines()[0].startswith(str(site_packages))
     assert "M2PT" in output.splitlines()[1]
+
+
+def test_source_distribution(wheel, tmp_path):
+    """It holds what the tests read, and the wheel that is made from it is the one that is made from the repository."""
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path], cwd=ROOT, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    needed = {"Makefile", "pyproject.toml", "CITATION.cff", "LICENSE", ".ci/run"}
+    for folder in (".", "peft_m2pt", "tests", "tests/families", "docs", "examples", "benchmarks", ".github/workflows"):
+        for pattern in ("*.py", "*.md", "*.yml", "constraints*.txt"):
+            needed |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)}
+    assert needed <= names
+    from_archive = build_wheel(archive, tmp_path)
+    assert from_archive.name == wheel.name
+    assert sorted(zipfile.ZipFile(from_archive).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_version_to_cite():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == peft_m2pt.__version__

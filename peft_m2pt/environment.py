@@ -1,0 +1,107 @@
+"""The versions and the platform that this package runs with: the command `peft-m2pt env`."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import tested
+from .inspection import make_model
+
+
+REQUIRED = (*tested.TESTED, "datasets", "huggingface-hub", "tokenizers", "safetensors")
+OPTIONAL = ("trl", "bitsandbytes", "torchao", "deepspeed", "flash-attn", "kernels")
+
+
+def describe_environment(source: str | nn.Module | None = None) -> str:
+    """
+    Says with which versions and on what platform this package runs, as a bug report needs it.
+
+    Args:
+        source (`str` or `nn.Module`, *optional*):
+            A folder with a `config.json`, such a file itself, a model id of the Hub, or a model, which may be tuned.
+            Then the attention implementations of its parts are in the text.
+
+    Returns:
+        `str`: A text of several lines.
+
+    Raises:
+        ValueError: If the config is not that of a model in the installed transformers.
+        OSError: If there is no config.
+    """
+    from . import __version__
+
+    rows = [
+        ("peft-m2pt", __version__, ""),
+        ("Python", platform.python_version(), ""),
+        ("platform", platform.platform(), ""),
+        ("accelerator", _describe_accelerator(), ""),
+    ]
+    rows += [(name, tested.find_version(name) or "not installed", _describe_place(name)) for name in REQUIRED]
+    rows += [(name, version, "") for name in OPTIONAL if (version := tested.find_version(name))]
+    versions = [version for _, version, place in rows if place]
+    lines = _align([(name, version.ljust(max(map(len, versions))), place) for name, version, place in rows])
+    if note := asks_for_newer_peft():
+        lines += ["", note]
+    if source is not None:
+        model = make_model(source) if isinstance(source, str) else source
+        lines += ["", f"attention of {type(model).__name__}", *_align(_find_implementations(model))]
+    return "\n".join(lines)
+
+
+def asks_for_newer_peft() -> str | None:
+    """
+    Says whether the installed transformers refuses the installed PEFT in methods of its own.
+
+    Returns:
+        `str | None`: One line that names both versions, and what is not affected, or `None` if PEFT is new enough.
+    """
+    # Not documented, but nothing else tells before the methods are called.
+    from transformers.integrations import peft as integration
+
+    needed, installed = getattr(integration, "MIN_PEFT_VERSION", None), tested.find_release("peft")
+    if needed is None or installed is None or installed >= Version(needed):
+        return None
+    return (
+        f"transformers {tested.find_version('transformers')} asks for PEFT {needed} or later in `add_adapter` and "
+        f"`load_adapter` of its models, for every method, and PEFT {installed} is installed; `get_peft_model` and "
+        f"`PeftModel.from_pretrained` are unaffected."
+    )
+
+
+def _describe_accelerator() -> str:
+    versions = {name: getattr(torch.version, name, None) for name in ("cuda", "hip", "xpu")}
+    built_for = ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "CPUs alone"
+    # None of these makes a context on a device.
+    if torch.accelerator.is_available():
+        found = f"{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}"
+    else:
+        found = "none"
+    return f"{found} (torch is built for {built_for})"
+
+
+def _describe_place(package: str) -> str:
+    if package not in tested.TESTED:
+        return ""
+    place = tested.place(package)
+    known = {"within": "tested", "older": "older than what is tested", "newer": "newer than what is tested"}
+    return f"{known.get(place, 'not comparable with what is tested')} ({tested.TESTED[package]})"
+
+
+def _find_implementations(model: nn.Module) -> list[tuple[str, str]]:
+    """What the configs of a model and its parts say, those that have one of their own."""
+    seen, rows = set(), []
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+            seen.add(id(module.config))
+            rows.append((f"  {path or 'the model itself'}", str(module.config._attn_implementation)))
+    return rows
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    width = max((len(first) for first, *_ in rows), default=0)
+    return ["  ".join((first.ljust(width), *others)).rstrip() for first, *others in rows]
