@@ -13,12 +13,17 @@ import torch
 import transformers
 from accelerate.utils import has_offloaded_params
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, integrations
 
 
 # The method of models on which all ways into continuous batching rest: `generate_batch`, its context manager, and the
 # servers of transformers and TRL.
 CONTINUOUS_BATCHING = "init_continuous_batching"
+
+
+def needed_peft() -> str | None:
+    """The lowest version of PEFT that transformers takes in `add_adapter` and `load_adapter` of its models."""
+    return getattr(integrations.peft, "MIN_PEFT_VERSION", None)
 
 
 def attention_implementation(attention: nn.Module) -> str:

@@ -73,6 +73,9 @@ class TestTransformers:
         with pytest.raises(ValueError, match="has no model for Unknown"):
             upstream.make_on_meta(Unknown())
 
+    def test_needed_peft(self):
+        assert upstream.needed_peft() is not None, "transformers keeps the version of PEFT that it needs elsewhere"
+
     def test_continuous_batching(self):
         method = getattr(LlamaForCausalLM, upstream.CONTINUOUS_BATCHING, None)
         assert method is not None, "continuous batching has another entrance"
