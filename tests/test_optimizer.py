@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from adapter_methods import needs_adapter_methods
 from models import adapt, make_config, make_inputs, make_llava, trained_by
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_training import make_trainer
@@ -102,6 +103,7 @@ def test_only_the_active_adapter():
     assert all(".other." in name for group in names.values() for name in group)
 
 
+@needs_adapter_methods
 def test_adapter_of_transformers():
     model = make_llava()
     model.add_adapter(make_config())
