@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from . import tested
 from .inspection import make_model
+from .upstream import attention_implementation, needed_peft
 
 
 REQUIRED = (*tested.TESTED, "datasets", "huggingface-hub", "tokenizers", "safetensors")
@@ -60,10 +61,7 @@ def asks_for_newer_peft() -> str | None:
     Returns:
         `str | None`: One line that names both versions, and what is not affected, or `None` if PEFT is new enough.
     """
-    # Not documented, but nothing else tells before the methods are called.
-    from transformers.integrations import peft as integration
-
-    needed, installed = getattr(integration, "MIN_PEFT_VERSION", None), tested.find_release("peft")
+    needed, installed = needed_peft(), tested.find_release("peft")
     if needed is None or installed is None or installed >= Version(needed):
         return None
     return (
@@ -98,7 +96,7 @@ def _find_implementations(model: nn.Module) -> list[tuple[str, str]]:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
             seen.add(id(module.config))
-            rows.append((f"  {path or 'the model itself'}", str(module.config._attn_implementation)))
+            rows.append((f"  {path or 'the model itself'}", str(attention_implementation(module))))
     return rows
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+import transformers.integrations.peft
 from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
@@ -90,6 +91,11 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         if type(config) in auto_class._model_mapping:
             return auto_class._model_mapping[type(config)]
     raise ValueError(f"transformers {transformers.__version__} has no model for {type(config).__name__}.")
+
+
+def needed_peft() -> str | None:
+    """The lowest version of PEFT that transformers takes in its own `add_adapter` and `load_adapter`."""
+    return getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", None)
 
 
 def offloaded_to(module: nn.Module) -> torch.device | None:
