@@ -1,7 +1,7 @@
 # Everything runs in .venv, which `make` creates and keeps up to date with pyproject.toml and the constraints. For another
-# Python, name another folder too: PYTHON=python3.13 VENV=.venv-3.13 make test
+# Python, name another folder too: make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 # What there are constraints-*.txt and environments for, beside the pinned versions.
 VERSIONS := lowest middle newest main

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from . import tested
 from .inspection import make_model
-from .upstream import needed_peft
+from .upstream import attention_implementation, needed_peft
 
 
 REQUIRED = (*tested.TESTED, "datasets", "huggingface-hub", "tokenizers", "safetensors")
@@ -96,7 +96,7 @@ def _find_implementations(model: nn.Module) -> list[tuple[str, str]]:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
             seen.add(id(module.config))
-            rows.append((f"  {path or 'the model itself'}", str(module.config._attn_implementation)))
+            rows.append((f"  {path or 'the model itself'}", str(attention_implementation(module))))
     return rows
 
 

@@ -11,19 +11,15 @@ from collections.abc import Callable
 
 import torch
 import transformers
+import transformers.integrations.peft
 from accelerate.utils import has_offloaded_params
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel, integrations
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 
 # The method of models on which all ways into continuous batching rest: `generate_batch`, its context manager, and the
 # servers of transformers and TRL.
 CONTINUOUS_BATCHING = "init_continuous_batching"
-
-
-def needed_peft() -> str | None:
-    """The lowest version of PEFT that transformers takes in `add_adapter` and `load_adapter` of its models."""
-    return getattr(integrations.peft, "MIN_PEFT_VERSION", None)
 
 
 def attention_implementation(attention: nn.Module) -> str:
@@ -95,6 +91,11 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         if type(config) in auto_class._model_mapping:
             return auto_class._model_mapping[type(config)]
     raise ValueError(f"transformers {transformers.__version__} has no model for {type(config).__name__}.")
+
+
+def needed_peft() -> str | None:
+    """The lowest version of PEFT that transformers takes in its own `add_adapter` and `load_adapter`."""
+    return getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", None)
 
 
 def offloaded_to(module: nn.Module) -> torch.device | None:

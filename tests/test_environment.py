@@ -41,6 +41,7 @@ def test_versions(capsys):
     assert found["Python"] == [platform.python_version()]
     assert found["platform"] == [platform.platform()]
     for module in (torch, transformers, peft):
+        # Only one of the two may say what torch is built for.
         assert Version(found[module.__name__][0]).public == Version(module.__version__).public
     assert {"accelerate", "datasets", "huggingface-hub", "tokenizers", "safetensors"} <= set(found)
 
@@ -104,13 +105,6 @@ class TestAttention:
 
 class TestNewerPeft:
     """What transformers asks for in `add_adapter` and `load_adapter`."""
-
-    def test_upstream(self):
-        """If this fails, transformers keeps the version that it asks for elsewhere: see `asks_for_newer_peft`."""
-        from transformers.integrations.peft import MIN_PEFT_VERSION
-
-        is_too_old = Version(peft.__version__) < Version(MIN_PEFT_VERSION)
-        assert (asks_for_newer_peft() is not None) == is_too_old
 
     def test_too_old(self, install, monkeypatch):
         monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.22.0")

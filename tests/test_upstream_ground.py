@@ -5,11 +5,13 @@ M2PT overrides). A failure here says what a release of transformers, PEFT or acc
 
 import inspect
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload
 from models import adapt, make_llava
-from peft import PeftConfig, PeftModel
+from packaging.version import Version
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -51,6 +53,17 @@ class TestTransformers:
         model.gradient_checkpointing_disable()
         assert not upstream.checkpoints_reentrantly(layer)
 
+    def test_needed_peft(self):
+        model, needed = make_llava(), upstream.needed_peft()
+        assert needed is not None, "the version of PEFT that is asked for is kept elsewhere"
+        try:
+            model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+            is_taken = True
+        except ValueError as error:
+            assert needed in str(error), "the version of PEFT that is asked for is kept elsewhere"
+            is_taken = False
+        assert is_taken == (Version(peft.__version__) >= Version(needed))
+
     def test_deprecated_arguments(self):
         @deprecate_kwarg("before", "99.0", new_name="after")
         def function(after=None):
@@ -72,9 +85,6 @@ class TestTransformers:
 
         with pytest.raises(ValueError, match="has no model for Unknown"):
             upstream.make_on_meta(Unknown())
-
-    def test_needed_peft(self):
-        assert upstream.needed_peft() is not None, "transformers keeps the version of PEFT that it needs elsewhere"
 
     def test_continuous_batching(self):
         method = getattr(LlamaForCausalLM, upstream.CONTINUOUS_BATCHING, None)

@@ -100,20 +100,25 @@ class TestCI:
         assert find(job, "setup-python@")["with"]["python-version"] == "${{ matrix.python }}"
 
     def test_it_runs_what_must_pass(self):
-        step = find(read("ci")["jobs"]["test"], ".ci/run")
-        assert step["run"] == ".ci/run" and os.access(ROOT / ".ci" / "run", os.X_OK)
-        assert step["env"] == {"PYTHON": "python"}
+        assert find(read("ci")["jobs"]["test"], ".ci/run")["run"] == ".ci/run PYTHON=python"
 
-    def test_the_python_that_is_chosen_is_used(self):
-        """By `make`, which `.ci/run` calls: PYTHON makes the environment, in the folder VENV."""
-        # Not what a `make` around the tests hands down.
-        outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-        env = {**outer, "PYTHON": "python9.9", "VENV": ".venv-9.9"}
-        for target in ("lint", "test", "quickstart"):
-            command = ["make", "--dry-run", target]
-            output = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
-            assert output.startswith("python9.9 -m venv .venv-9.9\n")
-            assert all(line.startswith(".venv-9.9/bin/") for line in output.splitlines() if "/bin/" in line)
+    def test_what_must_pass(self, tmp_path):
+        """Arguments reach every `make`."""
+        make_program(tmp_path / "make", f'printf "%s " "$@" >> "{tmp_path}/calls"; echo >> "{tmp_path}/calls"')
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run([ROOT / ".ci" / "run", "A=1", "B=2"], env=env, check=True)
+        calls = [call.split() for call in (tmp_path / "calls").read_text().splitlines()]
+        assert [call[0] for call in calls] == ["lint", "test", "quickstart"]
+        assert all(call[-2:] == ["A=1", "B=2"] for call in calls)
+
+    @pytest.mark.parametrize("target", ["lint", "test", "quickstart"])
+    def test_the_python_that_is_chosen_is_used(self, target):
+        # Without what a `make` around the tests hands down.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        command = ["make", "--dry-run", target, "PYTHON=python9.9", "VENV=.venv-9.9"]
+        output = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+        assert output.startswith("python9.9 -m venv .venv-9.9\n")
+        assert all(line.startswith(".venv-9.9/bin/") for line in output.splitlines() if "/bin/" in line)
 
 
 class TestDaily:
