@@ -191,9 +191,8 @@ def read_signature(module_class: type) -> Signature:
     in_code = _roles_in_code(module_class)
     arguments = []
     for i, parameter in enumerate(parameters):
-        name = parameter.name
-        role = _role_in_annotation(parameter.annotation, function) or in_code.get(name) or NAMES.get(name)
-        arguments.append(Argument(name, Role.INPUT if i == 0 else role, parameter.default))
+        role = Role.INPUT if i == 0 else _role(parameter, function, in_code)
+        arguments.append(Argument(parameter.name, role, parameter.default))
     roles = {**NAMES, **{argument.name: argument.role for argument in arguments if argument.role is not None}}
     unknown = tuple(argument for argument in arguments if argument.role is None)
     return Signature(tuple(arguments), roles, unknown, new_names(module_class.forward))
@@ -262,16 +261,20 @@ def check_call(signature: Signature, bound: dict[str, Any], attention: nn.Module
             )
 
 
-def _role_in_annotation(annotation: Any, function: Callable) -> Role | None:
-    """What the annotation of an argument says. `None` if it says nothing of use, as `torch.Tensor` does."""
-    for member in _members(annotation, function):
-        if isinstance(member, type) and issubclass(member, Cache):
-            return Role.CACHE
-        if member is BlockMask:
-            return Role.MASK
-        if typing.get_origin(member) is tuple and typing.get_args(member) == (torch.Tensor, torch.Tensor):
-            return Role.ROTATIONS
-    return None
+def _role(parameter: inspect.Parameter, function: Callable, in_code: dict[str, Role]) -> Role | None:
+    """What an argument is, by annotation, code and name. `None` if these say nothing, or contradict each other."""
+    members = list(_members(parameter.annotation, function))
+    if any(isinstance(member, type) and issubclass(member, Cache) for member in members):
+        return Role.CACHE
+    if BlockMask in members:
+        return Role.MASK
+    if parameter.name in in_code:
+        return in_code[parameter.name]
+    by_name = NAMES.get(parameter.name)
+    if any(typing.get_origin(m) is tuple and typing.get_args(m) == (torch.Tensor, torch.Tensor) for m in members):
+        # A cosine and a sine; but models from before there were cache classes have a key and a value.
+        return Role.ROTATIONS if by_name in (None, Role.ROTATIONS) else None
+    return by_name
 
 
 def _members(annotation: Any, function: Callable) -> Iterator[Any]:

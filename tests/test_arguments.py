@@ -85,6 +85,15 @@ def test_annotations(annotation, role):
     assert roles(forward) == [role]
 
 
+def test_a_pair_of_tensors_with_the_name_of_a_cache():
+    """A key and a value, as before there were cache classes: not rotations, and nothing that M2PT knows."""
+
+    def forward(self, states, past_key_value: tuple[torch.Tensor, torch.Tensor] | None = None):
+        return self.attend(states)
+
+    assert roles(forward) == [None]
+
+
 class TestCode:
     def test_tells(self):
         def forward(self, states, a, b=None, c=None, d=None, e=None, f=None, **kwargs):
