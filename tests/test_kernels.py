@@ -141,12 +141,19 @@ def test_positions_that_tell_of_no_packing():
     # Without a cache, transformers takes a gap for the start of a sequence in its masks, and not for flash attention.
     expected = adapt(make_llava())(**inputs, use_cache=True).logits
     assert_close(adapt(make_llava(attn="flash_attention_2"))(**inputs, use_cache=False).logits, expected)
-    family = next(family for family in FAMILIES if family.name == "mistral3")
-    outputs = []
-    for attn in ("sdpa", "flash_attention_2"):
-        tower = Tuned(family).tune(attn).base_model.model.model.vision_tower
-        outputs.append(tower(torch.ones(1, 3, 24, 16), image_sizes=torch.tensor([[24, 16]])).last_hidden_state)
-    assert_close(*outputs)
+    image = {"pixel_values": torch.ones(1, 3, 24, 16), "image_sizes": torch.tensor([[24, 16]])}
+    model = Tuned(next(family for family in FAMILIES if family.name == "mistral3")).tune("flash_attention_2")
+    tower = model.base_model.model.model.vision_tower
+    try:
+        with model.disable_adapter():
+            tower(**image)
+    except AssertionError:
+        # Flash attention itself takes these for packing, in transformers 5.19.
+        assert Version("5.16") <= Version(transformers.__version__) < Version("5.23")
+        return
+    of_flash = tower(**image).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    assert_close(of_flash, tower(**image).last_hidden_state)
 
 
 def test_window_longer_than_the_tokens_takes_the_kernel():

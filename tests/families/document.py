@@ -52,7 +52,9 @@ def render(families: list[Family]) -> str:
         row = [" ".join([f"`{family.name}`", *failures])]
         for kind in ("visual", "textual"):
             reason = family.refused.get(kind)
-            row.append("yes" if reason is None else note(f"refused ({reason}): {REFUSALS[kind]}"))
+            row.append(
+                "yes" if reason is None else note(f"refused ({reason.replace('|', ', or ')}): {REFUSALS[kind]}")
+            )
         row.append(f"{family.connector} : 1" if isinstance(family.connector, int) else note(family.connector))
         for check in CHECKS:
             if len(family.refused) == len(REFUSALS):

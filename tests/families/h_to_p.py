@@ -5,7 +5,6 @@ Not here: perception_lm (its vision tower is a timm_wrapper, and timm is not ins
 
 import torch
 import transformers as tr
-from packaging.version import Version
 
 from . import reasons
 from .spec import BOS, EOS, MEDIA_TOKEN, PAD, SEES_ALL, VOCAB_SIZE, Family, seeded, side_by_side
@@ -652,7 +651,7 @@ FAMILIES = [
         connector=reasons.NO_TEXTUAL,
         has_connector=False,
         # In 5.24 another attention, over the outputs of layers, comes before the one with the convolution.
-        refused={"textual": reasons.NOT_BEHIND_NORM if Version(tr.__version__) >= Version("5.24") else reasons.MIXES},
+        refused={"textual": f"{reasons.MIXES}|{reasons.NOT_BEHIND_NORM}"},
         without={"attention": reasons.NO_SDPA},
     ),
     # no gradient in the audio tower (no audio here); the vision tower is a folding MLP without attention
@@ -774,6 +773,7 @@ FAMILIES = [
         after=(IMAGE_END,),
         connector=reasons.BY_SIZE,
         without={"padding": reasons.UNTUNED_PADDING},
+        since="5.23",
     ),
     Family(
         "mistral4",
