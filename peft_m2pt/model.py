@@ -29,7 +29,7 @@ from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
 from .packing import refuse_boundaries_of_text, refuse_mixed_sequences
-from .processes import let_take_part
+from .processes import agree_on_scales, let_take_part
 from .register import PREFIX
 from .report import describe
 from .samples import BASE, describe_samples, using
@@ -72,6 +72,9 @@ class M2PTModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = M2PTLayer
+
+    # Whether what is being injected will be filled with other weights.
+    weights_follow = False
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_name_is_free(model, adapter_name)
@@ -143,6 +146,9 @@ class M2PTModel(BaseTuner):
         self._source = config.source if config.loads_weights else None
         # Once, since the config may serve for new adapters after that.
         config.source, config.loads_weights = None, False
+        self._init_is_overwritten = (
+            self.weights_follow or self._source is not None or low_cpu_mem_usage or state_dict is not None
+        )
         targeted = list(self.targeted_module_names)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
@@ -162,6 +168,8 @@ class M2PTModel(BaseTuner):
                 take_back()
                 self._source = None
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if self._initialise.scales and not self._init_is_overwritten:
+                agree_on_scales(model, adapter_name)
             self._prepare_entrances(model, adapter_name)
             self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
         except Exception as error:
@@ -241,7 +249,7 @@ class M2PTModel(BaseTuner):
         num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
         if num_interaction_tokens > 0 and peft_config.interaction_placement == "layers":
             sites = [replace(site, connector=self._connector) if site.kind == "textual" else site for site in sites]
-        self._initialise = PromptInitialiser(peft_config, model, sites)
+        self._initialise = PromptInitialiser(peft_config, model, sites, self._init_is_overwritten)
         self._sites = {site.path: site for site in sites}
         self._targets = set(self._sites)
         in_image = num_interaction_tokens > 0 and peft_config.interaction_placement == "image"
