@@ -30,6 +30,7 @@ from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
 from .packing import refuse_boundaries_of_text, refuse_mixed_sequences
 from .processes import agree_on_scales, let_take_part
+from .prompt import M2PTPrompt
 from .register import PREFIX
 from .report import describe
 from .samples import BASE, describe_samples, using
@@ -146,8 +147,9 @@ class M2PTModel(BaseTuner):
         self._source = config.source if config.loads_weights else None
         # Once, since the config may serve for new adapters after that.
         config.source, config.loads_weights = None, False
+        makes_empty_weights = low_cpu_mem_usage or M2PTPrompt(1, 1).weight.is_meta
         self._init_is_overwritten = (
-            self.weights_follow or self._source is not None or low_cpu_mem_usage or state_dict is not None
+            self.weights_follow or self._source is not None or makes_empty_weights or state_dict is not None
         )
         targeted = list(self.targeted_module_names)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

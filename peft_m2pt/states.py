@@ -137,7 +137,7 @@ def _place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     for holder in module.modules():
         for parameter in holder.parameters(recurse=False):
             if parameter.is_floating_point():
-                return offloaded_to(holder) or parameter.device, parameter.dtype
+                return torch.device(offloaded_to(holder) or parameter.device), parameter.dtype
     return torch.device("cpu"), torch.get_default_dtype()
 
 
@@ -149,12 +149,13 @@ def _blank_image(tower: nn.Module, num_tokens: int) -> dict[str, torch.Tensor] |
     grid_name = next((name for name in names if name.endswith("grid_thw")), None)
     if grid_name is not None:
         # Patches come flattened, in a row for all images.
-        embedding = next((module for module in tower.modules() if _embeds_patches(module)), None)
-        if embedding is None:
+        readers = [module for module in tower.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))]
+        readers += [module for module in tower.modules() if isinstance(module, nn.Linear)]
+        if not readers:
             return None
         merge = getattr(config, "spatial_merge_size", 1)
         side = merge * max(2, math.ceil(math.sqrt(num_tokens) / merge))
-        patches = torch.zeros(side**2, embedding.weight[0].numel(), device=device, dtype=dtype)
+        patches = torch.zeros(side**2, readers[0].weight[0].numel(), device=device, dtype=dtype)
         return {names[0]: patches, grid_name: torch.tensor([[1, side, side]], device=device)}
     size = getattr(config, "image_size", None)
     if names[:1] != ["pixel_values"] or size is None:
@@ -162,10 +163,6 @@ def _blank_image(tower: nn.Module, num_tokens: int) -> dict[str, torch.Tensor] |
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     num_channels = getattr(config, "num_channels", 3)
     return {"pixel_values": torch.zeros(1, num_channels, height, width, device=device, dtype=dtype)}
-
-
-def _embeds_patches(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear))
 
 
 @torch.no_grad()

@@ -41,10 +41,21 @@ def init_token_ids(config: M2PTConfig, model: nn.Module) -> list[int]:
             f"{config.num_textual_tokens}: each token is the start of one prompt. Set num_textual_tokens="
             f"{len(token_ids)}, or choose a text of {config.num_textual_tokens} tokens."
         )
-    vocab_size = model.get_input_embeddings().num_embeddings
-    if not all(0 <= token_id < vocab_size for token_id in token_ids):
-        raise ValueError(f"{source} has tokens {token_ids}, but the model has embeddings for 0 to {vocab_size - 1}.")
+    vocab_size = _vocab_size(model)
+    if vocab_size is not None and max(token_ids) >= vocab_size:
+        raise ValueError(
+            f"{source}: token {max(token_ids)} has no embedding in the model, which has {vocab_size}. Take the "
+            f"tokenizer that the model was trained with."
+        )
     return token_ids
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    """The number of embeddings, `None` in models that do not say which these are."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
 
 
 def _tokenizer(config: M2PTConfig, model: nn.Module) -> PreTrainedTokenizerBase:
