@@ -137,7 +137,7 @@ def _place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     for holder in module.modules():
         for parameter in holder.parameters(recurse=False):
             if parameter.is_floating_point():
-                return torch.device(offloaded_to(holder) or parameter.device), parameter.dtype
+                return offloaded_to(holder) or parameter.device, parameter.dtype
     return torch.device("cpu"), torch.get_default_dtype()
 
 

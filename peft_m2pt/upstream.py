@@ -101,7 +101,8 @@ def needed_peft() -> str | None:
 
 def offloaded_to(module: nn.Module) -> torch.device | None:
     """The device on which accelerate runs a module whose weights are offloaded, `None` if they are not."""
-    return module._hf_hook.execution_device if has_offloaded_params(module) else None
+    # accelerate keeps what it was given: a number, a name, ...
+    return torch.device(module._hf_hook.execution_device) if has_offloaded_params(module) else None
 
 
 def weights_come_from_first_process() -> bool:
