@@ -48,6 +48,10 @@ from .upstream import renamed_weights
 from .weighted import add_weighted_adapter
 
 
+# What torch puts into module paths where it checkpoints a module.
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+
+
 class M2PTModel(BaseTuner):
     """
     M2PT, Multimodal Prompt Tuning, on a frozen multimodal model.
@@ -428,6 +432,7 @@ class M2PTModel(BaseTuner):
             config.resolved = model.base_model.resolved[adapter_name]
             own_card(model, config)
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        state_dict |= _left_out_scales(model, state_dict)
         return {with_prefix(name, WRAPPER_PREFIX): weight for name, weight in state_dict.items()}
 
     @classmethod
@@ -439,6 +444,18 @@ class M2PTModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict)
         return state_dict
+
+
+def _left_out_scales(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The units of prompts whose weights are in a state dict that FSDP2 has collected without them."""
+    scales = {}
+    for path, module in model.named_modules():
+        if isinstance(module, M2PTPrompt) and module.scale is not None:
+            # State dicts do not tell of the wrappers for checkpointing.
+            path = path.replace(CHECKPOINT_WRAPPER, "")
+            if f"{path}.weight" in state_dict and f"{path}.scale" not in state_dict:
+                scales[f"{path}.scale"] = module.scale
+    return scales
 
 
 def _check_disk_offload(model: nn.Module) -> None:
