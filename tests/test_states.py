@@ -263,12 +263,15 @@ class TestStates:
         assert all(torch.equal(prompt(), expected[name]()) for name, prompt in prompts.items())
 
     def test_random_numbers_are_drawn_as_before(self):
+        model = make_llava()
+        # Some models draw numbers whenever they are called.
+        drawn = []
+        model.model.language_model.norm.register_forward_hook(lambda *args: drawn.append(torch.rand(7)))
         torch.manual_seed(5)
-        get_peft_model(make_llava().train(), only_text())
+        get_peft_model(model, only_text())
         after = torch.rand(3)
         torch.manual_seed(5)
-        make_llava()
-        assert torch.equal(after, torch.rand(3))
+        assert drawn and torch.equal(after, torch.rand(3))
 
     def test_a_second_adapter(self):
         """It starts as what the model is without the first one, which stays active."""
