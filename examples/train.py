@@ -99,6 +99,7 @@ class PromptArguments:
     visual_layers: list[str] | None = prompt_option("visual_layers")
     textual_layers: list[str] | None = prompt_option("textual_layers")
     init_prompts: str = prompt_option("init_prompts")
+    init_text: str | None = prompt_option("init_text")
     exclude_modules: list[str] | None = prompt_option("exclude_modules")
     modules_to_save: list[str] | None = prompt_option("modules_to_save")
 

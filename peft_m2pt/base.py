@@ -1,4 +1,4 @@
-"""What the layers of M2PT have in common: prompts, and standing in the place of a module of the base model."""
+"""What the layers of M2PT have in common: standing in the place of a module of the base model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .prompt import M2PTPrompt
 from .upstream import offloaded_to
 
 
@@ -19,37 +20,6 @@ NOT_MERGEABLE = (
     "to, not a change of any weight. Keep the adapter beside the model (it adds about 0.1% of its parameters), or "
     "remove it with `unload()`."
 )
-
-
-class M2PTPrompt(nn.Module):
-    """
-    The prompt of one adapter in one layer.
-
-    It is a module that is called, not a bare parameter, since sharded training gathers the parameters of a module when
-    it is called.
-
-    Args:
-        num_tokens (`int`):
-            Number n of prompt vectors.
-        width (`int`):
-            Their width D.
-    """
-
-    def __init__(self, num_tokens: int, width: int) -> None:
-        super().__init__()
-        self.num_tokens = num_tokens
-        self.width = width
-        self.weight = nn.Parameter(torch.empty(num_tokens, width))
-
-    def forward(self) -> torch.Tensor:
-        """Returns the prompt, a `torch.Tensor` of shape `(num_tokens, width)`."""
-        return self.weight
-
-    def __len__(self) -> int:
-        return self.num_tokens
-
-    def extra_repr(self) -> str:
-        return f"num_tokens={self.num_tokens}, width={self.width}"
 
 
 class M2PTLayer(nn.Module, BaseTunerLayer):
@@ -87,13 +57,16 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
             modules = getattr(self, layer_name)
             if adapter_name not in modules:
                 continue
-            # Buffers are saved too.
-            for name, tensor in modules[adapter_name].state_dict(keep_vars=True).items():
-                # Of a prompt, the shape is known; a parameter may be partitioned.
-                prompt = modules[adapter_name]
-                shape = (prompt.num_tokens, prompt.width) if isinstance(prompt, M2PTPrompt) else tuple(tensor.shape)
+            module = modules[adapter_name]
+            if isinstance(module, M2PTPrompt):
+                weights = [(name, shape, True) for name, shape in module.shapes.items()]
+            else:
+                # Buffers are saved too.
+                tensors = module.state_dict(keep_vars=True).items()
+                weights = [(name, tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in tensors]
+            for name, shape, is_floating in weights:
                 weight_name = f"{layer_name}.{adapter_name}.{name}"
-                yield self.describe_weight(layer_name, name), weight_name, shape, tensor.is_floating_point()
+                yield self.describe_weight(layer_name, name), weight_name, shape, is_floating
 
     @abstractmethod
     def describe_weight(self, layer_name: str, name: str) -> str:
@@ -125,11 +98,11 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
                 return offloaded_to(module) or parameter.device, None
         return None, None
 
-    def _new_prompt(self, num_tokens: int, width: int) -> M2PTPrompt:
+    def _new_prompt(self, num_tokens: int, width: int, has_scale: bool) -> M2PTPrompt:
         """Makes a prompt in the dtype of the base layer."""
         parameters = self.get_base_layer().parameters()
         dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
-        return M2PTPrompt(num_tokens, width).to(dtype)
+        return M2PTPrompt(num_tokens, width, dtype, has_scale)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(NOT_MERGEABLE)

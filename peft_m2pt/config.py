@@ -18,7 +18,7 @@ from .source import AdapterSource, naming_the_file
 LAYERS = ("first", "odd", "top_half", "bottom_half")
 PLACEMENTS = ("layers", "image")
 MAX_TOKENS = 2**20
-INITS = ("xavier_uniform", "normal", "vocabulary")
+INITS = ("xavier_uniform", "normal", "vocabulary", "states")
 
 
 @dataclass
@@ -62,9 +62,22 @@ class M2PTConfig(PeftConfig):
             `[-a, a]` with `a = sqrt(6 / ((n + 1) * D))`. "normal" draws from a normal distribution with standard
             deviation `init_std`. "vocabulary" starts each textual prompt at the embeddings of random tokens of the
             model's vocabulary, special tokens left out; visual prompts, which have no vocabulary, are then initialised
-            with "xavier_uniform".
+            with "xavier_uniform". "states" is for pretrained models, which the other three break before the first
+            step: textual prompts start as what the tokens of a text are in each layer, so that the adapter at first
+            equals the base model behind that text, and visual prompts as what a blank image is in each layer.
+            Interaction prompts start as with "xavier_uniform". All prompts are then trained in units of their rows:
+            a row `P = s * W` has a fixed scale `s`, about its root mean square at the start, and the optimizer sees
+            `W`. A learning rate is then the part of its length by which a step turns a row; try 1e-2.
         init_std (`float`, defaults to 0.02):
             Standard deviation of `init_prompts="normal"`. Ignored otherwise.
+        init_text (`str`, *optional*):
+            For `init_prompts="states"`: the text that the textual prompts start as. With the special tokens that the
+            tokenizer adds, it must have `num_textual_tokens` tokens.
+        init_token_ids (`list[int]`, *optional*):
+            The tokens of that text, in the place of `init_text`; no tokenizer is needed then.
+        tokenizer_name_or_path (`str`, *optional*):
+            The tokenizer for `init_text`. `None` (default): that of the base model. It is not needed to load a saved
+            adapter.
         exclude_modules (`list[str]` or `str`, *optional*):
             Attention modules that get no prompts, though their layer is chosen. A list holds module paths or their
             ends, a string is a regular expression for the whole path.
@@ -123,6 +136,15 @@ class M2PTConfig(PeftConfig):
         default="xavier_uniform", metadata={"help": f"How prompts are initialised, one of {INITS}."}
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation for init_prompts='normal'."})
+    init_text: str | None = field(
+        default=None, metadata={"help": "For init_prompts='states': the text that textual prompts start as."}
+    )
+    init_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "For init_prompts='states': the tokens of the text, in place of init_text."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "The tokenizer for init_text. None: that of the base model."}
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Attention modules without prompts: paths, ends of paths, or a regex."}
     )
@@ -176,6 +198,7 @@ class M2PTConfig(PeftConfig):
             )
         if not _is_number(self.init_std) or not math.isfinite(self.init_std) or self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std!r} is not a finite number above 0.")
+        self._check_text()
         _check_names("exclude_modules", self.exclude_modules, allow_string=True)
         if isinstance(self.exclude_modules, str):
             try:
@@ -216,6 +239,35 @@ class M2PTConfig(PeftConfig):
             "new tokens (chat_template_path=...), give the tokenizer a template without them, or add them to "
             "tokenizer and model first and train all embeddings with modules_to_save=['embed_tokens', 'lm_head']."
         )
+
+    def _check_text(self) -> None:
+        for name in ("init_text", "tokenizer_name_or_path"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name}={value!r} is neither a string nor None.")
+        token_ids = self.init_token_ids
+        if token_ids is not None:
+            is_list = isinstance(token_ids, (list, tuple))
+            if not is_list or not all(_is_index(token_id) and token_id >= 0 for token_id in token_ids):
+                raise ValueError(f"init_token_ids={token_ids!r} is not a list of the ids of tokens.")
+            self.init_token_ids = list(token_ids)
+        given = [name for name in ("init_text", "init_token_ids") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError("init_text and init_token_ids are both given. Give one of them.")
+        if self.tokenizer_name_or_path is not None and self.init_text is None:
+            raise ValueError("tokenizer_name_or_path names the tokenizer for init_text, which is not given.")
+        if given and self.init_prompts != "states":
+            raise ValueError(
+                f"{given[0]} says what textual prompts start as, but init_prompts={self.init_prompts!r}. Set "
+                f"init_prompts='states', or leave {given[0]} out."
+            )
+        if given and self.num_textual_tokens == 0:
+            raise ValueError(f"{given[0]} says what textual prompts start as, but num_textual_tokens=0.")
+        if self.init_token_ids is not None and len(self.init_token_ids) != self.num_textual_tokens:
+            raise ValueError(
+                f"init_token_ids has {len(self.init_token_ids)} tokens, but num_textual_tokens="
+                f"{self.num_textual_tokens}: each token is the start of one prompt. Make the two equal."
+            )
 
     def _check_interaction(self) -> None:
         if self.num_interaction_tokens is not None:

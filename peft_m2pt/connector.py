@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from .anatomy import Connector
-from .base import M2PTLayer, M2PTPrompt
+from .base import M2PTLayer
 from .graft import copied_parts, graft, low_rank_parts
+from .init import PromptInitialiser
+from .prompt import M2PTPrompt
 from .samples import sample_adapters
 
 
@@ -56,7 +58,7 @@ class M2PTConnector(M2PTLayer):
         tune: bool,
         rank: int | None,
         num_interaction_tokens: int,
-        init: Callable[[M2PTPrompt, Connector], None],
+        init: PromptInitialiser,
     ) -> None:
         """
         Adds what an adapter trains of the connector.
@@ -70,8 +72,8 @@ class M2PTConnector(M2PTLayer):
                 Rank of the update that it trains. `None` for a copy of the connector.
             num_interaction_tokens (`int`):
                 Number of prompt vectors in front of the image features.
-            init (`Callable`):
-                Fills a prompt in place, for a site.
+            init ([`~peft_m2pt.init.PromptInitialiser`]):
+                Fills the prompts.
         """
         if tune:
             connector = self.base_layer
@@ -84,7 +86,9 @@ class M2PTConnector(M2PTLayer):
                 getattr(self, layer_name)[adapter_name] = part
             self._tuned[adapter_name] = _Tuned(graft(connector, parts), is_copy=rank is None)
         if num_interaction_tokens > 0:
-            self.m2pt_interaction[adapter_name] = self._new_prompt(num_interaction_tokens, self.site.width)
+            self.m2pt_interaction[adapter_name] = self._new_prompt(
+                num_interaction_tokens, self.site.width, init.scales
+            )
             init(self.m2pt_interaction[adapter_name], self.site)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -129,7 +133,7 @@ class M2PTConnector(M2PTLayer):
 
     def describe_weight(self, layer_name: str, name: str) -> str:
         if layer_name == "m2pt_interaction":
-            return "interaction prompt"
+            return "unit of the interaction prompt" if name == "scale" else "interaction prompt"
         return f"connector weight '{layer_name.removeprefix('m2pt_connector_')}.{name}'"
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from accelerate.utils import align_module_device
 from peft.utils.integrations import gather_params_ctx
-from torch import nn
+from torch import distributed, nn
 
 from .anatomy import Connector, Site
-from .base import M2PTPrompt
 from .config import M2PTConfig
+from .errors import UnsupportedModelError
+from .prompt import M2PTPrompt
+from .states import has_data, states_of_blank_image, states_of_text
+from .tokens import init_token_ids
+from .upstream import weights_come_from_first_process
 
 
 class PromptInitialiser:
@@ -20,16 +26,30 @@ class PromptInitialiser:
         config ([`M2PTConfig`]):
             The configuration of the adapter.
         model (`transformers.PreTrainedModel`):
-            The model, whose token embeddings serve `init_prompts="vocabulary"`.
+            The model, whose token embeddings serve `init_prompts="vocabulary"`, and which reads a text for
+            `init_prompts="states"`.
         sites (`list[Site]`):
             The attention modules that get prompts.
+        weights_follow (`bool`):
+            Whether the prompts will be replaced by saved ones, so that no text needs to be read.
 
     Raises:
-        ValueError: If the model's token embeddings cannot initialise prompts of its language model.
+        UnsupportedModelError: If the model cannot read a text by itself.
+        ValueError: If the model's token embeddings cannot initialise prompts of its language model, or if there is no
+            text of the right length.
+
+    **Attributes**:
+        - **scales** (`bool`) -- Whether prompts are trained in units of their rows.
     """
 
-    def __init__(self, config: M2PTConfig, model: nn.Module, sites: list[Site]) -> None:
+    def __init__(self, config: M2PTConfig, model: nn.Module, sites: list[Site], weights_follow: bool) -> None:
         self.config = config
+        self.scales = config.init_prompts == "states"
+        self.states: dict[str, torch.Tensor] = {}
+        # What FSDP brings to this process are the prompts too.
+        weights_follow = weights_follow or (weights_come_from_first_process() and distributed.get_rank() > 0)
+        if self.scales and not weights_follow and has_data(model):
+            self._collect_states(model, sites)
         if config.init_prompts == "vocabulary":
             self.embedding = model.get_input_embeddings()
             self.token_ids = _ordinary_token_ids(model)
@@ -46,12 +66,14 @@ class PromptInitialiser:
         Fills a prompt in place.
 
         Args:
-            prompt ([`~peft_m2pt.base.M2PTPrompt`]):
+            prompt ([`~peft_m2pt.prompt.M2PTPrompt`]):
                 The prompt.
             site ([`~peft_m2pt.anatomy.Site`] or [`~peft_m2pt.anatomy.Connector`]):
                 What it belongs to: an attention module or, for interaction prompts, the connector.
         """
-        if self.config.init_prompts == "normal":
+        if site.path in self.states:
+            prompt.fill(self.states[site.path])
+        elif self.config.init_prompts == "normal":
             nn.init.normal_(prompt.weight, std=self.config.init_std)
         elif self.config.init_prompts == "vocabulary" and site.kind == "textual":
             token_ids = self.token_ids[torch.randint(len(self.token_ids), (prompt.num_tokens,))]
@@ -63,6 +85,21 @@ class PromptInitialiser:
         else:
             # On shape [1, n, D], as the official code has it: a = sqrt(6 / ((n + 1) * D)).
             nn.init.xavier_uniform_(prompt.weight[None])
+            if self.scales and not prompt.weight.is_meta:
+                prompt.fill(prompt.weight)
+
+    def _collect_states(self, model: nn.Module, sites: list[Site]) -> None:
+        textual = [site for site in sites if site.kind == "textual"]
+        visual = [site for site in sites if site.kind == "visual"]
+        if textual and self.config.num_textual_tokens > 0:
+            self.states |= states_of_text(model, self.config, textual, init_token_ids(self.config, model))
+        if visual:
+            try:
+                self.states |= states_of_blank_image(model, self.config, visual, self.config.num_visual_tokens)
+            except UnsupportedModelError as error:
+                warnings.warn(
+                    f"init_prompts='states': {error.reason} Visual prompts start at random, as with 'xavier_uniform'."
+                )
 
 
 def _ordinary_token_ids(model: nn.Module) -> torch.Tensor:

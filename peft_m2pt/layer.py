@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import nn
 from .anatomy import Connector, Site
 from .arguments import Role, check_call, read_signature
 from .attention import attend_to_rows, extend_attention_function, record_rows
-from .base import M2PTLayer, M2PTPrompt
+from .base import M2PTLayer
 from .connector import project
+from .init import PromptInitialiser
 from .positions import prompt_arguments
 from .rows import Rows
 from .samples import SampleAdapters, sample_adapters
@@ -56,7 +57,7 @@ class M2PTAttention(M2PTLayer):
         num_tokens: int,
         num_interaction_tokens: int,
         connector: Connector | None,
-        init: Callable[[M2PTPrompt, Site | Connector], None],
+        init: PromptInitialiser,
     ) -> None:
         """
         Adds prompts for an adapter.
@@ -70,15 +71,16 @@ class M2PTAttention(M2PTLayer):
                 Number of prompt vectors that the connector brings to this width.
             connector ([`~peft_m2pt.anatomy.Connector`], *optional*):
                 The connector, if there are interaction prompts.
-            init (`Callable`):
-                Fills a prompt in place, for a site.
+            init ([`~peft_m2pt.init.PromptInitialiser`]):
+                Fills the prompts.
         """
         if num_tokens > 0:
-            self.m2pt_prompt[adapter_name] = self._new_prompt(num_tokens, self.site.width)
+            self.m2pt_prompt[adapter_name] = self._new_prompt(num_tokens, self.site.width, init.scales)
             init(self.m2pt_prompt[adapter_name], self.site)
         if num_interaction_tokens > 0:
             self.site = replace(self.site, connector=connector)
-            prompt = self._new_prompt(num_interaction_tokens * connector.rows_per_token, connector.width)
+            num_rows = num_interaction_tokens * connector.rows_per_token
+            prompt = self._new_prompt(num_rows, connector.width, init.scales)
             self.m2pt_interaction[adapter_name] = prompt
             init(prompt, connector)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -126,7 +128,8 @@ class M2PTAttention(M2PTLayer):
 
     def describe_weight(self, layer_name: str, name: str) -> str:
         kind = "interaction" if layer_name == "m2pt_interaction" else self.site.kind
-        return f"{kind} prompt of layer {self.site.layer}"
+        what = "unit of the " if name == "scale" else ""
+        return f"{what}{kind} prompt of layer {self.site.layer}"
 
     def _rows(self, groups: Sequence[tuple[str, ...]], arguments: dict[str, Any]) -> list[Rows]:
         """
@@ -206,10 +209,11 @@ class _KeptRows:
         self.cache = weakref.ref(cache)
         self.key = key
         self.weights = [
-            (module._parameters, name, weight, _version(weight), _pointer(weight))
+            (tensors, name, weight, _version(weight), _pointer(weight))
             for source in sources
             for module in source.modules()
-            for name, weight in module._parameters.items()
+            for tensors in (module._parameters, module._buffers)
+            for name, weight in tensors.items()
             if weight is not None
         ]
 
@@ -222,8 +226,8 @@ class _KeptRows:
 
     def _weights_are_unchanged(self) -> bool:
         # Every layer asks for every token.
-        for parameters, name, weight, version, pointer in self.weights:
-            now = parameters[name]
+        for tensors, name, weight, version, pointer in self.weights:
+            now = tensors[name]
             if now is not weight:
                 # What is offloaded is another stand-in after every call.
                 if not (now.is_meta and weight.is_meta):
@@ -242,4 +246,4 @@ def _version(weight: torch.Tensor) -> int | None:
 
 def _pointer(weight: torch.Tensor) -> int | None:
     # Quantised and sharded weights have no memory of their own.
-    return weight.data_ptr() if type(weight) is nn.Parameter else None
+    return weight.data_ptr() if type(weight) in (nn.Parameter, torch.Tensor) else None

@@ -29,7 +29,8 @@ from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
 from .packing import refuse_boundaries_of_text, refuse_mixed_sequences
-from .processes import let_take_part
+from .processes import agree_on_scales, let_take_part
+from .prompt import M2PTPrompt
 from .register import PREFIX
 from .report import describe
 from .samples import BASE, describe_samples, using
@@ -45,6 +46,10 @@ from .stacking import (
 from .towers import find_tower, has_tower
 from .upstream import renamed_weights
 from .weighted import add_weighted_adapter
+
+
+# What torch puts into module paths where it checkpoints a module.
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 
 
 class M2PTModel(BaseTuner):
@@ -72,6 +77,9 @@ class M2PTModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = M2PTLayer
+
+    # Whether what is being injected will be filled with other weights.
+    weights_follow = False
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_name_is_free(model, adapter_name)
@@ -143,6 +151,10 @@ class M2PTModel(BaseTuner):
         self._source = config.source if config.loads_weights else None
         # Once, since the config may serve for new adapters after that.
         config.source, config.loads_weights = None, False
+        makes_empty_weights = low_cpu_mem_usage or M2PTPrompt(1, 1).weight.is_meta
+        self._init_is_overwritten = (
+            self.weights_follow or self._source is not None or makes_empty_weights or state_dict is not None
+        )
         targeted = list(self.targeted_module_names)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
@@ -162,6 +174,8 @@ class M2PTModel(BaseTuner):
                 take_back()
                 self._source = None
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if self._initialise.scales and not self._init_is_overwritten:
+                agree_on_scales(model, adapter_name)
             self._prepare_entrances(model, adapter_name)
             self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
         except Exception as error:
@@ -241,7 +255,7 @@ class M2PTModel(BaseTuner):
         num_interaction_tokens, self._connector = resolve_interaction(model, peft_config)
         if num_interaction_tokens > 0 and peft_config.interaction_placement == "layers":
             sites = [replace(site, connector=self._connector) if site.kind == "textual" else site for site in sites]
-        self._initialise = PromptInitialiser(peft_config, model, sites)
+        self._initialise = PromptInitialiser(peft_config, model, sites, self._init_is_overwritten)
         self._sites = {site.path: site for site in sites}
         self._targets = set(self._sites)
         in_image = num_interaction_tokens > 0 and peft_config.interaction_placement == "image"
@@ -418,6 +432,7 @@ class M2PTModel(BaseTuner):
             config.resolved = model.base_model.resolved[adapter_name]
             own_card(model, config)
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        state_dict |= _left_out_scales(model, state_dict)
         return {with_prefix(name, WRAPPER_PREFIX): weight for name, weight in state_dict.items()}
 
     @classmethod
@@ -429,6 +444,18 @@ class M2PTModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict)
         return state_dict
+
+
+def _left_out_scales(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The units of prompts whose weights are in a state dict that FSDP2 has collected without them."""
+    scales = {}
+    for path, module in model.named_modules():
+        if isinstance(module, M2PTPrompt) and module.scale is not None:
+            # State dicts do not tell of the wrappers for checkpointing.
+            path = path.replace(CHECKPOINT_WRAPPER, "")
+            if f"{path}.weight" in state_dict and f"{path}.scale" not in state_dict:
+                scales[f"{path}.scale"] = module.scale
+    return scales
 
 
 def _check_disk_offload(model: nn.Module) -> None:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from .base import M2PTLayer, M2PTPrompt
+from .base import M2PTLayer
+from .prompt import M2PTPrompt
+from .upstream import weights_come_from_first_process
 
 
 class TakePart:
@@ -85,6 +88,32 @@ def let_take_part(model: nn.Module, part: nn.Module, watched: nn.Module, decoder
         decoder.register_forward_pre_hook(hook.enter, with_kwargs=True),
         decoder.register_forward_hook(hook.leave),
     ]
+
+
+def agree_on_scales(model: nn.Module, adapter_name: str) -> None:
+    """
+    Gives all processes the units of the first one's prompts, where only that one has the weights of the model.
+
+    FSDP brings the others all weights, but no buffers.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        adapter_name (`str`):
+            Name of a new adapter. All processes add it.
+    """
+    if not weights_come_from_first_process():
+        return
+    prompts = [
+        prompts[adapter_name]
+        for layer in model.modules()
+        if isinstance(layer, M2PTLayer)
+        for prompts in (getattr(layer, layer_name) for layer_name in layer.adapter_layer_names)
+        if adapter_name in prompts and isinstance(prompts[adapter_name], M2PTPrompt)
+    ]
+    scales = broadcast_object_list([prompt.scale.cpu() for prompt in prompts])
+    for prompt, scale in zip(prompts, scales):
+        prompt.scale.copy_(scale)
 
 
 def _in_several_processes() -> bool:

@@ -15,6 +15,7 @@ import transformers.integrations.peft
 from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 
 # The method of models on which all ways into continuous batching rest: `generate_batch`, its context manager, and the
@@ -100,4 +101,10 @@ def needed_peft() -> str | None:
 
 def offloaded_to(module: nn.Module) -> torch.device | None:
     """The device on which accelerate runs a module whose weights are offloaded, `None` if they are not."""
-    return module._hf_hook.execution_device if has_offloaded_params(module) else None
+    # accelerate keeps what it was given: a number, a name, ...
+    return torch.device(module._hf_hook.execution_device) if has_offloaded_params(module) else None
+
+
+def weights_come_from_first_process() -> bool:
+    """Whether only the first of several processes has loaded weights, which FSDP will bring to the others."""
+    return is_fsdp_enabled()

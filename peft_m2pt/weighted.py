@@ -11,6 +11,7 @@ from torch import nn
 
 from .base import M2PTLayer
 from .config import M2PTConfig
+from .prompt import M2PTPrompt
 
 
 if TYPE_CHECKING:
@@ -42,12 +43,19 @@ def add_weighted_adapter(
         for name in COUNTS:
             counts = [{**vars(tuner.peft_config[other]), **tuner.resolved[other]}[name] for other in adapters]
             setattr(config, name, sum(counts))
+    # It starts as no text, and its rows have units if those of any other have some.
+    config.init_text = config.init_token_ids = config.tokenizer_name_or_path = None
+    if any(other.init_prompts == "states" for other in configs):
+        config.init_prompts = "states"
     tuner.peft_config[adapter_name] = config
+    tuner.weights_follow = True
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except Exception:
         del tuner.peft_config[adapter_name]
         raise
+    finally:
+        tuner.weights_follow = False
     for _, layer in layers:
         for layer_name in layer.adapter_layer_names:
             _combine(layer, layer_name, adapters, weights, adapter_name, combination_type)
@@ -119,13 +127,17 @@ def _combine(
     modules = getattr(layer, layer_name)
     if adapter_name not in modules:
         return
-    sources = [dict(modules[name].named_parameters()) for name in adapters]
+    target, sources = modules[adapter_name], [modules[name] for name in adapters]
+    is_cat = combination_type == "cat"
+    if isinstance(target, M2PTPrompt):
+        prompts = [source().to(target.weight) for source in sources]
+        target.fill(torch.cat(prompts) if is_cat else sum(w * prompt for w, prompt in zip(weights, prompts)))
+        return
     # What is new is a copy of the frozen connector: what adapters have changed of it is added up.
-    is_prompt = layer_name in ("m2pt_prompt", "m2pt_interaction")
-    for name, parameter in modules[adapter_name].named_parameters():
-        if combination_type == "cat":
-            parameter.copy_(torch.cat([source[name].to(parameter) for source in sources]))
-        else:
-            start = torch.zeros_like(parameter) if is_prompt else parameter.clone()
-            changes = [weight * (source[name].to(parameter) - start) for weight, source in zip(weights, sources)]
-            parameter.copy_(start + sum(changes))
+    for name, parameter in target.named_parameters():
+        if is_cat:  # of one adapter
+            parameter.copy_(sources[0].get_parameter(name))
+            continue
+        start = parameter.clone()
+        changes = [w * (source.get_parameter(name).to(parameter) - start) for w, source in zip(weights, sources)]
+        parameter.copy_(start + sum(changes))

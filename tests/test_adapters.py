@@ -21,7 +21,7 @@ from transformers import Cache
 
 import peft_m2pt.layer
 from peft_m2pt import M2PTAttention
-from peft_m2pt.base import M2PTPrompt
+from peft_m2pt.prompt import M2PTPrompt
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])

@@ -17,7 +17,7 @@ TEXT = make_inputs("right", images=False)
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    return train_alone(tmp_path_factory.mktemp("alone"))
+    return train_alone(tmp_path_factory.mktemp("alone"), "states")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

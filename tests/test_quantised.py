@@ -116,6 +116,20 @@ def train(peft_model, inputs, steps=4):
     return losses
 
 
+@every_quantisation
+def test_prompts_that_start_as_a_text(saved, quantisation):
+    """The adapter equals the quantised base model behind it."""
+    model = load(saved, quantisation)
+    text, input_ids = [5, 6, 7], make_inputs(images=False)["input_ids"][:1]
+    expected = evaluate(model, {"input_ids": torch.cat([torch.tensor([text]), input_ids], dim=1)})[:, len(text) :]
+    without = evaluate(model, {"input_ids": input_ids})
+    kwargs = {"num_visual_tokens": 0, "num_interaction_tokens": 0, "tune_connector": False}
+    peft_model = get_peft_model(model, make_config(init_prompts="states", init_token_ids=text, **kwargs))
+    # Quantised activations round what differs in the last bit.
+    difference = (evaluate(peft_model, {"input_ids": input_ids}) - expected).abs().max()
+    assert difference < 0.05 * (without - expected).abs().max()
+
+
 @every_adapter
 @every_quantisation
 def test_prompts_train_and_nothing_else_changes(saved, quantisation, kwargs):

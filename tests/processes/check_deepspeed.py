@@ -7,7 +7,7 @@ from .launch import check, train_alone
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    return train_alone(tmp_path_factory.mktemp("alone"))
+    return train_alone(tmp_path_factory.mktemp("alone"), "vocabulary")
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])

@@ -26,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 # Which samples of each step have an image.
 IMAGES = ["ii ii", "ii --", "-- ii", "-i --", "i- -i", "-- --"]
 SAVED_STEP = 3
+INITS = {"vocabulary": {}, "states": {"init_token_ids": [5, 6, 7]}}
 
 
 def make_samples() -> list[dict[str, torch.Tensor]]:
@@ -46,7 +47,7 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([sample[name] for sample in samples if name in sample]) for name in names}
 
 
-def make_trainer(base: Path, folder: Path, adapter: Path | None = None, **kwargs) -> Trainer:
+def make_trainer(base: Path, folder: Path, init_prompts: str, adapter: Path | None = None, **kwargs) -> Trainer:
     # accelerate starts DeepSpeed on CPUs only if it was not asked for CPUs ...
     uses_deepspeed = "ACCELERATE_USE_DEEPSPEED" in os.environ
     arguments = TrainingArguments(
@@ -74,7 +75,7 @@ def make_trainer(base: Path, folder: Path, adapter: Path | None = None, **kwargs
     # Created after the arguments, which tell transformers how weights are to be kept.
     model = LlavaForConditionalGeneration.from_pretrained(base)
     if adapter is None:
-        peft_model = adapt(model, init_prompts="vocabulary")
+        peft_model = adapt(model, init_prompts=init_prompts, **INITS[init_prompts])
     else:
         peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     return Trainer(model=peft_model, args=arguments, train_dataset=make_samples(), data_collator=collate)
@@ -98,8 +99,8 @@ def save_trained(model: torch.nn.Module, folder: Path, is_first: bool) -> None:
         model.save_pretrained(folder, state_dict=weights)
 
 
-def main(base: Path, folder: Path) -> None:
-    trainer = make_trainer(base, folder / "run")
+def main(base: Path, folder: Path, init_prompts: str) -> None:
+    trainer = make_trainer(base, folder / "run", init_prompts)
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     results = {"losses": losses(trainer), "logits": logits(trainer.model_wrapped).tolist()}
@@ -107,10 +108,11 @@ def main(base: Path, folder: Path) -> None:
         save_trained(trainer.model, folder / "trained", trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()
 
-    resumed = make_trainer(base, folder / "run", folder / "adapter", gradient_checkpointing=True)
+    resumed = make_trainer(base, folder / "run", init_prompts, folder / "adapter", gradient_checkpointing=True)
     for name, weight in load_file(folder / "adapter" / "adapter_model.safetensors").items():
         module, _, weight_name = name.rpartition(".")
-        assert torch.equal(resumed.model.get_parameter(f"{module}.default.{weight_name}"), weight), name
+        prompt = resumed.model.get_submodule(f"{module}.default")
+        assert torch.equal(getattr(prompt, weight_name), weight), name
     # The weights of the checkpoint replace those.
     resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{SAVED_STEP}"))
     results["resumed losses"] = losses(resumed)
@@ -126,4 +128,4 @@ if __name__ == "__main__":
     # Where it stands is part of the output if it has to be stopped.
     faulthandler.register(signal.SIGTERM, chain=True)
     torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
