@@ -25,8 +25,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from .dataflow import forward_code
 from .errors import UnsupportedModelError
+from .reading import CodeReader, code_of, parameters_of
 from .upstream import new_names
 
 
@@ -295,84 +295,75 @@ def _members(annotation: Any, function: Callable) -> Iterator[Any]:
 
 def _roles_in_code(module_class: type) -> dict[str, Role]:
     """What the code of `forward` does with its arguments. Those with which it does several things are left out."""
-    code = forward_code(module_class)
+    code = code_of(module_class.forward)
     if code is None:
         return {}
+    own_name, *names = [parameter.arg for parameter in parameters_of(code)] or [""]
     roles: dict[str, set[Role]] = defaultdict(set)
-    names = [parameter.arg for parameter in (*code.args.posonlyargs, *code.args.args, *code.args.kwonlyargs)][2:]
-    # What a variable was made of: the argument itself, a part of it, or an element.
-    sources = {name: name for name in names}
-    for node in _in_order(code):
-        if isinstance(node, ast.Assign):
-            source = _source(node.value, sources)
-            for target in node.targets:
-                for name in (name.id for name in ast.walk(target) if isinstance(name, ast.Name)):
-                    if source is None:
-                        sources.pop(name, None)
-                    else:
-                        sources[name] = source
-        elif isinstance(node, ast.Call):
-            for name, role in _roles_in_call(node, sources, module_class):
-                roles[name].add(role)
+    for name, role in _RoleReader(module_class, own_name, names[1:]).notes:
+        roles[name].add(role)
     return {name: found.pop() for name, found in roles.items() if len(found) == 1}
-
-
-def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    """Walks through code in the order in which it stands there, calls before the assignment of what they return."""
-    for child in ast.iter_child_nodes(node):
-        yield from _in_order(child)
-    yield node
 
 
 # Methods that give the tensor itself, in another form.
 SAME = ("bool", "contiguous", "expand", "float", "squeeze", "to", "type_as", "unsqueeze", "view")
 
-
-def _source(expression: ast.expr, sources: dict[str, str]) -> str | None:
-    """The argument of which an expression is a part or another form, or which it is."""
-    if isinstance(expression, ast.Name):
-        return sources.get(expression.id)
-    if isinstance(expression, (ast.Subscript, ast.Attribute, ast.Starred)):
-        return _source(expression.value, sources)
-    if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
-        return _source(expression.func.value, sources) if expression.func.attr in SAME else None
-    if isinstance(expression, ast.IfExp):
-        found = {_source(branch, sources) for branch in (expression.body, expression.orelse) if not _is_none(branch)}
-        return found.pop() if len(found) == 1 else None
-    return None
+# A variable that is `None` may as well be an argument that is left out.
+NOTHING = object()
 
 
-def _is_none(expression: ast.expr) -> bool:
-    return isinstance(expression, ast.Constant) and expression.value is None
+class _RoleReader(CodeReader):
+    """
+    Follows the arguments of an attention module through its `forward`. The value of a variable is the argument that it
+    is, in full, in part or in another form.
+    """
 
+    def __init__(self, module_class: type, own_name: str, names: list[str]) -> None:
+        self.module_class = module_class
+        self.own_name = own_name
+        super().__init__(module_class.forward, {name: name for name in names})
 
-def _roles_in_call(call: ast.Call, sources: dict[str, str], module_class: type) -> Iterator[tuple[str, Role]]:
-    """Yields arguments of the module that a call uses, and what that makes of them."""
-    function = call.func
-    keywords = [(keyword.arg, _source(keyword.value, sources)) for keyword in call.keywords]
-    positional = [_source(argument, sources) for argument in call.args]
-    if isinstance(function, ast.Attribute):
-        owner = _source(function.value, sources)
-        if owner is not None and function.attr == "update" and len(call.args) > 1:
-            yield owner, Role.CACHE
-        # A module, since a method would apply rotations.
-        if _is_self(function.value) and "rotary" in function.attr and not hasattr(module_class, function.attr):
-            yield from ((source, Role.POSITIONS) for source in (*positional, *dict(keywords).values()) if source)
-    elif isinstance(function, ast.Name) and "rotary" in function.id:
-        # `apply_rotary_pos_emb` once took positions as well, behind the rotations.
-        callee = inspect.unwrap(module_class.forward).__globals__.get(function.id)
-        names = list(inspect.signature(callee).parameters) if callable(callee) else []
-        for name, source in (*zip_longest(names, positional), *keywords):
-            if source:
+    def join(self, value: Any, other: Any) -> Any:
+        if NOTHING in (value, other):
+            return other if value is NOTHING else value
+        return super().join(value, other)
+
+    def of_expression(self, expression: ast.expr, first: Any) -> Any:
+        if isinstance(expression, ast.Constant) and expression.value is None:
+            return NOTHING
+        return first if isinstance(expression, (ast.Subscript, ast.Attribute, ast.Starred)) else None
+
+    def of_call(self, call: ast.Call, owner: Any, positional: list[Any], keywords: list[Any]) -> Any:
+        words = list(zip((keyword.arg for keyword in call.keywords), keywords))
+        found = self._roles_in_call(call, owner, positional, words)
+        self.notes += [(source, role) for source, role in found if source not in (None, NOTHING)]
+        return owner if isinstance(call.func, ast.Attribute) and call.func.attr in SAME else None
+
+    def _roles_in_call(
+        self, call: ast.Call, owner: Any, positional: list[Any], words: list[tuple[str | None, Any]]
+    ) -> Iterator[tuple[Any, Role]]:
+        """Yields what a call uses, and what that makes of it."""
+        function = call.func
+        if isinstance(function, ast.Attribute):
+            if function.attr == "update" and len(call.args) > 1:
+                yield owner, Role.CACHE
+            # A module, since a method would apply rotations.
+            if self._is_self(function.value) and "rotary" in function.attr:
+                if not hasattr(self.module_class, function.attr):
+                    yield from ((source, Role.POSITIONS) for source in (*positional, *dict(words).values()))
+        elif isinstance(function, ast.Name) and "rotary" in function.id:
+            # `apply_rotary_pos_emb` once took positions as well, behind the rotations.
+            callee = self.find_global(function)
+            names = list(inspect.signature(callee).parameters) if callable(callee) else []
+            for name, source in (*zip_longest(names, positional), *words):
                 yield source, Role.POSITIONS if name == "position_ids" else Role.ROTATIONS
-    elif isinstance(function, ast.Name) and call.args and _is_self(call.args[0]):
-        # The mask comes fifth, if nothing before it stands for several arguments.
-        is_counted = not any(isinstance(argument, ast.Starred) for argument in call.args)
-        masks = positional[NUM_BEFORE_MASK : NUM_BEFORE_MASK + 1] if is_counted else []
-        for name, source in (*keywords, *(("attention_mask", source) for source in masks)):
-            if source and name in OF_ATTENTION_FUNCTIONS:
-                yield source, OF_ATTENTION_FUNCTIONS[name]
+        elif isinstance(function, ast.Name) and call.args and self._is_self(call.args[0]):
+            # The mask comes fifth, if nothing before it stands for several arguments.
+            is_counted = not any(isinstance(argument, ast.Starred) for argument in call.args)
+            masks = positional[NUM_BEFORE_MASK : NUM_BEFORE_MASK + 1] if is_counted else []
+            for name, source in (*words, *(("attention_mask", source) for source in masks)):
+                if name in OF_ATTENTION_FUNCTIONS:
+                    yield source, OF_ATTENTION_FUNCTIONS[name]
 
-
-def _is_self(expression: ast.expr) -> bool:
-    return isinstance(expression, ast.Name) and expression.id == "self"
+    def _is_self(self, expression: ast.expr) -> bool:
+        return isinstance(expression, ast.Name) and expression.id == self.own_name

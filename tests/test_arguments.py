@@ -136,3 +136,108 @@ class TestCode:
             return attend(self, *states, 1, 2, a, a)
 
         assert roles(forward) == [None]
+
+    def test_what_is_the_same_in_all_branches(self):
+        def forward(self, states, a, b, flag):
+            if flag:
+                mask = a[..., :4]
+            else:
+                mask = a.to(torch.bool) if a is not None else None
+            if b is not None:
+                with torch.no_grad():
+                    b = b.to(torch.int32)
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            return attend(self, states, states, states, mask, cu_seq_lens_q=b)
+
+        assert roles(forward) == [Role.MASK, Role.BOUNDARIES, None]
+
+    def test_branches(self):
+        def forward(self, states, a, flag):
+            if flag:
+                a = self.make_mask(a)
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](self, states, states, states, attention_mask=a)
+
+        assert roles(forward)[0] is None
+
+        def forward(self, states, a, flag):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            mask = a
+            match flag:
+                case 1:
+                    mask = self.make_mask(a)
+            return attend(self, states, states, states, mask)
+
+        assert roles(forward)[0] is None
+
+    def test_loops(self):
+        def forward(self, states, a, b):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            for a in self.masks:
+                states = attend(self, states, states, states, a)
+            for _ in range(2):
+                states = attend(self, states, states, states, b)
+                b = self.make_mask(b)
+            return states
+
+        assert roles(forward) == [None, None]
+
+    def test_try(self):
+        def forward(self, states, a):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            try:
+                mask = a
+                states = self.attend(states)
+            except ValueError:
+                mask = self.make_mask(a)
+            return attend(self, states, states, states, mask)
+
+        assert roles(forward) == [None]
+
+        def forward(self, states, a):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            try:
+                a = self.make_mask(a)
+            finally:
+                states = attend(self, states, states, states, a)
+            return states
+
+        assert roles(forward) == [None]
+
+    def test_assignments_in_expressions(self):
+        def forward(self, states, a):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            if (a := self.make_mask(a)) is not None:
+                return attend(self, states, states, states, a)
+
+        assert roles(forward) == [None]
+
+        def forward(self, states, a):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            return attend(self, states, states, states, (mask := a), is_causal=mask is None)
+
+        assert roles(forward) == [Role.MASK]
+
+    def test_functions_within_the_function(self):
+        def forward(self, states, a, b):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+            def run(a):
+                nonlocal b
+                b = self.make_mask(b)
+                return attend(self, states, states, states, a)
+
+            run(None)
+            return attend(self, states, states, states, b)
+
+        assert roles(forward) == [None, None]
+
+    def test_other_ways_to_write(self):
+        def forward(self, states, a, b, c):
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            with self.masks() as a:
+                states = attend(self, states, states, states, a)
+            b += 1
+            c, _ = [attend(self, states, states, c) for c in self.masks]
+            return attend(self, states, states, states, b, cu_seq_lens_q=c)
+
+        assert roles(forward) == [None, None, None]
