@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import AttentionInterface
@@ -117,33 +118,95 @@ class _Recorded(Exception):
 
 
 class _Recorder:
-    """Takes the key and value that a module hands to its attention function."""
+    """Takes the key and value that a module hands to its attention function, in one of its calls of it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, path: str, masks: list[torch.Tensor], call: int) -> None:
         self.module = module
+        self.path = path
+        self.masks = masks
+        self.calls_left = call
         self.rows: Rows | None = None
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
+        _check_what_keys_get(self.module, self.path, key, kwargs)
+        self._check_mask(attention_mask)
+        if self.calls_left > 0:
+            self.calls_left -= 1
+            # Shows in what depends on it.
+            shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+            return query.new_full(shape, torch.nan), None
         self.rows = Rows(key, value)
         raise _Recorded
+
+    def _check_mask(self, attention_mask: Any) -> None:
+        """Refuses a mask by which the module adds something to the scores of some keys: prompts would not get it."""
+        if not isinstance(attention_mask, torch.Tensor) or not attention_mask.is_floating_point():
+            return
+        if (
+            torch.compiler.is_compiling()
+            or attention_mask.is_meta
+            or any(_share_memory(attention_mask, mask) for mask in self.masks)
+        ):
+            return
+        hides = attention_mask <= torch.finfo(attention_mask.dtype).min / 2
+        if attention_mask.masked_fill(hides, 0).any():
+            raise _adds(self.module, self.path, "a mask with other numbers than those that show or hide a key")
+
+
+def _share_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor is other or tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+# What attention functions are given besides, which says nothing of single keys, or what prompts are spared.
+SAID_OTHERWISE = {
+    *("cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "position_ids"),
+    *("s_aux", "sinks"),
+}
+
+
+def _check_what_keys_get(module: nn.Module, path: str, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuses what a module hands to its attention function with a number for each key, which prompts do not have."""
+    num_keys = key.shape[2]
+    for name, value in kwargs.items():
+        if name in SAID_OTHERWISE or not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        of_keys = value.is_floating_point() and num_keys > 1 and value.shape[-1] == num_keys
+        if of_keys or name == "position_bias":
+            raise _adds(module, path, f"{name} of shape {tuple(value.shape)}")
+
+
+def _adds(module: nn.Module, path: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The attention '{path}' ({type(module).__name__}) hands {what} to its attention function, which adds "
+        f"something to the score of each key, and M2PT does not know what that would be for prompts. Leave it out "
+        f"with exclude_modules=['{path}']."
+    )
 
 
 class _Attender:
     """
     Puts recorded rows in front of the key and value that a module hands to its attention function.
 
-    A module that treats each image on its own can be given the rows of each image.
+    A module that treats each image on its own can be given the rows of each image. Another one that calls its
+    attention function again may do so with other keys and values: these are recorded then.
     """
 
-    def __init__(self, module: nn.Module, rows: Rows | Sequence[Rows | None]) -> None:
+    def __init__(
+        self, module: nn.Module, path: str, rows: Rows | Sequence[Rows | None], record: Callable[[int], Rows] | None
+    ) -> None:
         self.module = module
+        self.path = path
         self.rows = rows
+        self.record = record
         self.num_calls = 0
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
+        _check_what_keys_get(self.module, self.path, key, kwargs)
         rows = self.rows
         if not isinstance(rows, Rows) and kwargs.get("cu_seq_lens_k") is None:
             rows = rows[self.num_calls]
+        elif self.num_calls > 0 and self.record is not None:
+            rows = self.record(self.num_calls)
         self.num_calls += 1
         if rows is None:
             return attend(self.module, query, key, value, attention_mask, **kwargs)
@@ -255,7 +318,7 @@ def extend_attention_function(module: nn.Module, path: str) -> None:
         interface[implementation] = extended
 
 
-def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_rows: int) -> Rows:
+def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_rows: int, call: int = 0) -> Rows:
     """
     Runs an attention module on prompt rows and takes the key and value that reach its attention function.
 
@@ -268,19 +331,30 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
             Keyword arguments for its `forward`.
         num_rows (`int`):
             Number of prompt rows among them.
+        call (`int`, defaults to 0):
+            Which call of the attention function, for modules that call it several times.
 
     Returns:
         [`Rows`]
 
     Raises:
-        UnsupportedModelError: If no attention function was called, or with other keys than those of the prompt rows.
+        UnsupportedModelError: If the attention function was not called so often, or with other keys than those of the
+            prompt rows, or with something that is added to their scores.
     """
-    recorder = _Recorder(module)
+    masks = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    recorder = _Recorder(module, path, masks, call)
     # `forward`, since hooks on the module are for the tokens: transformers collects `attentions` with them.
     with contextlib.suppress(_Recorded):
         _run(recorder, module.forward, **arguments)
-    if recorder.rows is None:
+    if recorder.rows is None and call == 0:
         raise _goes_round(module, path)
+    if recorder.rows is None or (call > 0 and _depends_on_nan(recorder.rows)):
+        reason = "less often for prompts" if recorder.rows is None else "with keys or values that depend on the first"
+        raise UnsupportedModelError(
+            f"The attention '{path}' ({type(module).__name__}) calls its attention function {call + 1} times, and "
+            f"{reason}, so that M2PT does not know what prompts are there. Leave it out with "
+            f"exclude_modules=['{path}']."
+        )
     if recorder.rows.key.shape[0] != 1 or recorder.rows.key.shape[2] != num_rows:
         raise UnsupportedModelError(
             f"The attention '{path}' ({type(module).__name__}) made keys of shape {tuple(recorder.rows.key.shape)} of "
@@ -290,8 +364,17 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
     return recorder.rows
 
 
+def _depends_on_nan(rows: Rows) -> bool:
+    return bool(rows.key.isnan().any() or rows.value.isnan().any())
+
+
 def attend_to_rows(
-    module: nn.Module, path: str, rows: Rows | Sequence[Rows | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    path: str,
+    rows: Rows | Sequence[Rows | None],
+    record: Callable[[int], Rows] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """
     Calls an attention module, which attends to prompt rows besides its own tokens.
@@ -303,6 +386,8 @@ def attend_to_rows(
             Its module path, for error messages.
         rows ([`~peft_m2pt.rows.Rows`] or `Sequence[Rows | None]`):
             Key and value of its prompt rows, or those of each image, where it treats each on its own.
+        record (`Callable[[int], Rows]`, *optional*):
+            Gives those of a later call of the attention function. `None` if they are the same for all calls.
         args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
             Its arguments.
 
@@ -310,9 +395,9 @@ def attend_to_rows(
         `Any`: What the module returns.
 
     Raises:
-        UnsupportedModelError: If no attention function was called.
+        UnsupportedModelError: If no attention function was called, or with something that is added to scores.
     """
-    attender = _Attender(module, rows)
+    attender = _Attender(module, path, rows, record)
     output = _run(attender, module, *args, **kwargs)
     if attender.num_calls == 0:
         raise _goes_round(module, path)

@@ -95,11 +95,16 @@ class M2PTAttention(M2PTLayer):
         arguments = self.signature.bind(args, kwargs)
         check_call(self.signature, arguments, base_layer, self.site.path)
         samples = sample_adapters()
-        if samples is None:
-            rows = self._rows([tuple(adapters)], arguments)[0]
-        else:
-            rows = self._rows_of_samples(samples, adapters, arguments)
-        return attend_to_rows(base_layer, self.site.path, rows, args, kwargs)
+
+        def rows_of_call(call: int) -> Rows | list[Rows | None]:
+            if samples is None:
+                return self._rows([tuple(adapters)], arguments, call)[0]
+            return self._rows_of_samples(samples, adapters, arguments, call)
+
+        # Images that stand in one row share their rows, whether they are attended to one by one or not.
+        is_packed = self.signature.find(Role.BOUNDARIES, arguments) is not None
+        record = None if is_packed else rows_of_call
+        return attend_to_rows(base_layer, self.site.path, rows_of_call(0), record, args, kwargs)
 
     @property
     def is_active(self) -> bool:
@@ -113,10 +118,10 @@ class M2PTAttention(M2PTLayer):
         return self._adapters(self.active_adapters if samples is None else list(dict.fromkeys(samples.names)))
 
     def _rows_of_samples(
-        self, samples: SampleAdapters, adapters: list[str], arguments: dict[str, Any]
+        self, samples: SampleAdapters, adapters: list[str], arguments: dict[str, Any], call: int
     ) -> Rows | list[Rows | None]:
         """The rows of each sample's own adapter: as a batch, or one after the other where images are packed."""
-        rows = dict(zip(adapters, self._rows([(name,) for name in adapters], arguments)))
+        rows = dict(zip(adapters, self._rows([(name,) for name in adapters], arguments, call)))
         boundaries = self.signature.find(Role.BOUNDARIES, arguments)
         num_parts = len(arguments[self.signature.input_name]) if boundaries is None else len(boundaries) - 1
         if self.site.kind == "textual":
@@ -131,13 +136,16 @@ class M2PTAttention(M2PTLayer):
         what = "unit of the " if name == "scale" else ""
         return f"{what}{kind} prompt of layer {self.site.layer}"
 
-    def _rows(self, groups: Sequence[tuple[str, ...]], arguments: dict[str, Any]) -> list[Rows]:
+    def _rows(self, groups: Sequence[tuple[str, ...]], arguments: dict[str, Any], call: int) -> list[Rows]:
         """
-        Returns key and value of the prompts of groups of adapters.
+        Returns key and value of the prompts of groups of adapters, in one of the calls of the attention function.
 
         While tokens are decoded one at a time, those of the step before serve again. The first call with a cache
         computes them anew, as does one with many tokens, where it costs little.
         """
+        if call > 0:
+            # Rare, and not worth a place to keep them.
+            return [self._record(adapters, arguments, call) for adapters in groups]
         cache = None if torch.is_grad_enabled() else self.signature.find(Role.CACHE, arguments)
         if cache is None:
             self._forget_rows()
@@ -178,14 +186,14 @@ class M2PTAttention(M2PTLayer):
         self._forget_rows()
         super().delete_adapter(adapter_name)
 
-    def _record(self, adapters: Sequence[str], arguments: dict[str, Any]) -> Rows:
+    def _record(self, adapters: Sequence[str], arguments: dict[str, Any], call: int = 0) -> Rows:
         """Lets the base layer compute key and value of the prompts, in a batch of 1."""
         tokens = arguments[self.signature.input_name]
         prompts = [self._prompt(name, tokens.dtype) for name in adapters]
         hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
         lengths = [len(prompt) for prompt in prompts] if self.site.kind == "textual" else None
         arguments = prompt_arguments(self.signature, arguments, hidden_states, lengths, self.site.rotary)
-        return record_rows(self.base_layer, self.site.path, arguments, len(hidden_states))
+        return record_rows(self.base_layer, self.site.path, arguments, len(hidden_states), call)
 
     def _prompt(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
         """The prompt rows of an adapter: [P ; f_in(V)], where f_in is the connector."""
