@@ -22,6 +22,38 @@ NOT_MERGEABLE = (
 )
 
 
+def own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """
+    Yields the parameters of a module, without those of its children, and then its buffers, in which many quantised
+    layers keep their weights.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+    """
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """
+    The floating-point type in which a module computes: that of its first parameter of such a type or, where it has
+    none, of its first buffer.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+
+    Returns:
+        `torch.dtype`, or `None` if it has no floating-point tensors.
+    """
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return None
+
+
 class M2PTLayer(nn.Module, BaseTunerLayer):
     """
     A wrapper around a module of the base model, in whose place it stands.
@@ -94,15 +126,13 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
         # The modules that are wrapped here have no `weight` of their own. New weights get their dtype when they are
         # made: PEFT asks for it here also after loading, and would cast away what half precision cannot hold.
         for module in base_layer.modules():
-            for parameter in module.parameters(recurse=False):
-                return offloaded_to(module) or parameter.device, None
+            for tensor in own_tensors(module):
+                return offloaded_to(module) or tensor.device, None
         return None, None
 
     def _new_prompt(self, num_tokens: int, width: int, has_scale: bool) -> M2PTPrompt:
         """Makes a prompt in the dtype of the base layer."""
-        parameters = self.get_base_layer().parameters()
-        dtype = next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
-        return M2PTPrompt(num_tokens, width, dtype, has_scale)
+        return M2PTPrompt(num_tokens, width, dtype_of(self.get_base_layer()), has_scale)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(NOT_MERGEABLE)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .anatomy import Connector
-from .base import M2PTLayer
+from .base import M2PTLayer, dtype_of
 from .graft import copied_parts, graft, low_rank_parts
 from .init import PromptInitialiser
 from .prompt import M2PTPrompt
@@ -223,8 +223,7 @@ class M2PTConnector(M2PTLayer):
             return tuned.connector(**arguments)
         # The copy may be kept in a higher precision than the model.
         dtype = arguments[self.site.argument_names[0]].dtype
-        of_copy = next(tuned.connector.parameters()).dtype
-        return _cast(tuned.connector(**_cast(arguments, of_copy)), dtype)
+        return _cast(tuned.connector(**_cast(arguments, dtype_of(tuned.connector))), dtype)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -263,7 +262,8 @@ def project(site: Connector, rows: torch.Tensor, adapter_name: str) -> torch.Ten
         `torch.Tensor` of shape `(num_interaction_tokens, text_width)`.
     """
     module = site.module
-    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), rows.dtype)
+    own = module.base_layer if isinstance(module, M2PTConnector) else module
+    dtype = dtype_of(own) or rows.dtype
     if isinstance(module, M2PTConnector):
         return module.project(rows.to(dtype), adapter_name)
     return module(site.grouped(rows.to(dtype))).flatten(0, -2)

@@ -82,20 +82,23 @@ def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, of any quantisation."""
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
+    """Whether a module is a linear layer, of any quantisation. Some have a norm of their own in front."""
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return False
+    return not any(hasattr(child, "in_features") for child in module.children())
 
 
 def quantised_linears(module: nn.Module) -> list[str]:
     """
-    Lists the linear layers of a module whose weights are no plain floating-point numbers, by path.
+    Lists the linear layers of a module whose weights are no parameters of plain floating-point numbers, by path.
 
     Args:
         module (`nn.Module`):
             The module.
     """
     linears = {path: child for path, child in own_modules(module) if is_linear(child)}
-    return [path for path, linear in linears.items() if not _is_plain(getattr(linear, "weight", None))]
+    weights = {path: getattr(linear, "weight", None) for path, linear in linears.items()}
+    return [path for path, weight in weights.items() if not (isinstance(weight, nn.Parameter) and _is_plain(weight))]
 
 
 def _is_plain(weight: torch.Tensor | None) -> bool:

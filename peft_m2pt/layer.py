@@ -220,6 +220,7 @@ class _KeptRows:
             (tensors, name, weight, _version(weight), _pointer(weight))
             for source in sources
             for module in source.modules()
+            # Many quantised layers keep their weights in buffers.
             for tensors in (module._parameters, module._buffers)
             for name, weight in tensors.items()
             if weight is not None
