@@ -133,7 +133,9 @@ def widen_mask(
     if attention_mask.shape[-1] == 1:
         attention_mask = attention_mask.expand(*attention_mask.shape[:-1], key_length)
     is_boolean = attention_mask.dtype == torch.bool
-    columns = attention_mask.new_full((*attention_mask.shape[:-1], num_rows), is_boolean)
+    # `new_full` with a truth value is nothing that `torch.jit.trace` can write down.
+    new = attention_mask.new_ones if is_boolean else attention_mask.new_zeros
+    columns = new(*attention_mask.shape[:-1], num_rows)
     if visible is not None:
         hidden = False if is_boolean else torch.finfo(attention_mask.dtype).min
         columns = torch.where(visible[:, None, None], columns, hidden)

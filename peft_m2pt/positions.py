@@ -150,7 +150,8 @@ def prompt_arguments(
 def _see_all(mask: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
     # Some modules (DeepSeek's indexer) read it even if there is nothing to hide, to select keys by themselves.
     shape = (1, prompts.num_rows) if mask.dim() == 2 else (1, 1, prompts.num_rows, prompts.num_rows)
-    return mask.new_full(shape, mask.dim() == 2 or mask.dtype == torch.bool)
+    # `new_full` with a truth value is nothing that `torch.jit.trace` can write down.
+    return mask.new_ones(shape) if mask.dim() == 2 or mask.dtype == torch.bool else mask.new_zeros(shape)
 
 
 def _select_all(indices: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
