@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -199,7 +201,7 @@ class M2PTConfig(PeftConfig):
         if not _is_number(self.init_std) or not math.isfinite(self.init_std) or self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std!r} is not a finite number above 0.")
         self._check_text()
-        _check_names("exclude_modules", self.exclude_modules, allow_string=True)
+        self.exclude_modules = _checked_names("exclude_modules", self.exclude_modules, allow_string=True)
         if isinstance(self.exclude_modules, str):
             try:
                 re.compile(self.exclude_modules)
@@ -207,7 +209,7 @@ class M2PTConfig(PeftConfig):
                 raise ValueError(
                     f"exclude_modules={self.exclude_modules!r} is no regular expression: {error}."
                 ) from None
-        _check_names("modules_to_save", self.modules_to_save)
+        self.modules_to_save = _checked_names("modules_to_save", self.modules_to_save)
         for name in ("vision_encoder", "text_decoder", "connector"):
             path = getattr(self, name)
             if path is not None and (not isinstance(path, str) or not path):
@@ -388,17 +390,53 @@ def _checked_layers(name: str, value: Any) -> list[int] | str | None:
         if value not in LAYERS:
             raise ValueError(f"{name}={value!r} is unknown. Choose one of {LAYERS}, a list of indices, or None.")
         return value
-    if not isinstance(value, (list, tuple, range, set)) or not all(map(_is_index, value)):
-        raise ValueError(f"{name}={value!r} is neither a list of layer indices nor one of {LAYERS} nor None.")
-    if not value:
+    items = _as_list(value)
+    if items is None or not all(map(_is_index, items)):
+        raise ValueError(
+            f"{name}={value!r} is neither a list of layer indices nor one of {LAYERS} nor None: "
+            f"{_what_is_wrong(value, items, _is_index)}."
+        )
+    if not items:
         raise ValueError(f"{name}={value!r} chooses no layer. Use None for all layers, or 0 tokens for no prompts.")
-    if len(set(value)) < len(value):
+    if len(set(items)) < len(items):
         raise ValueError(f"{name}={value!r} names a layer twice.")
-    return sorted(value) if isinstance(value, set) else list(value)
+    return items
 
 
-def _check_names(name: str, value: Any, allow_string: bool = False) -> None:
+def _checked_names(name: str, value: Any, allow_string: bool = False) -> list[str] | str | None:
     if value is None or (allow_string and isinstance(value, str)):
-        return
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
-        raise ValueError(f"{name}={value!r} is not a list of module names.")
+        return value
+    items = _as_list(value)
+    if items is None or not all(map(_is_name, items)):
+        raise ValueError(f"{name}={value!r} is not a list of module names: {_what_is_wrong(value, items, _is_name)}.")
+    return items
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _what_is_wrong(value: Any, items: list | None, is_right: Callable[[Any], bool]) -> str:
+    if items is None:
+        return f"it is of type {type(value).__name__}"
+    wrong = next(item for item in items if not is_right(item))
+    return f"it holds {wrong!r} of type {type(wrong).__name__}"
+
+
+def _as_list(value: Any) -> list | None:
+    """
+    The items of a sequence of any class, such as those of configuration tools and arrays, or of a set, in which order
+    does not matter. `None` if it is neither.
+    """
+    if isinstance(value, (str, bytes, bytearray, memoryview, Mapping)):
+        return None
+    if isinstance(value, Set):
+        items = list(value)
+        with contextlib.suppress(TypeError):  # items of several types, of which one is refused
+            items.sort()
+        return items
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
+        return None
+    return [int(item) if isinstance(item, Integral) and not isinstance(item, bool) else item for item in value]

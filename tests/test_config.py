@@ -1,9 +1,13 @@
+import collections
+import collections.abc
 import copy
 import dataclasses
 import json
 import pickle
 
+import numpy as np
 import pytest
+import torch
 from models import make_llava
 from peft import PeftConfig, PeftType, get_peft_model
 
@@ -132,3 +136,77 @@ def test_layers(choice, visual, textual):
         if isinstance(module, M2PTAttention):
             chosen[module.site.kind].append(module.site.layer)
     assert chosen == {"visual": visual, "textual": textual}
+
+
+class ListConfig(collections.abc.MutableSequence):
+    """As that of OmegaConf, in which Hydra gives lists: a sequence that is no list."""
+
+    def __init__(self, items):
+        self.items = list(items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __setitem__(self, index, value):
+        self.items[index] = value
+
+    def __delitem__(self, index):
+        del self.items[index]
+
+    def __len__(self):
+        return len(self.items)
+
+    def insert(self, index, value):
+        self.items.insert(index, value)
+
+    def __repr__(self):
+        return repr(self.items)
+
+
+def keys(items):
+    return dict.fromkeys(items).keys()
+
+
+@pytest.mark.parametrize("make", [ListConfig, tuple, set, frozenset, collections.deque, keys])
+def test_sequences_of_any_class(tmp_path, make):
+    config = M2PTConfig(
+        visual_layers=make([0, 2]),
+        textual_layers=make([1]),
+        exclude_modules=make(["layers.0.self_attn"]),
+        modules_to_save=make(["lm_head", "norm"]),
+    )
+    assert config.visual_layers == [0, 2] and config.textual_layers == [1]
+    assert config.exclude_modules == ["layers.0.self_attn"] and config.modules_to_save == ["lm_head", "norm"]
+    assert {type(config.visual_layers), type(config.exclude_modules), type(config.modules_to_save)} == {list}
+    config.save_pretrained(tmp_path)
+    assert M2PTConfig.from_pretrained(tmp_path) == config
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head", "norm"]
+
+
+@pytest.mark.parametrize(
+    "layers", [range(0, 3, 2), np.array([0, 2]), [np.int64(0), np.int64(2)], torch.tensor([0, 2])]
+)
+def test_indices_of_any_class(tmp_path, layers):
+    config = M2PTConfig(visual_layers=layers)
+    assert config.visual_layers == [0, 2] and set(map(type, config.visual_layers)) == {int}
+    config.save_pretrained(tmp_path)
+    assert M2PTConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("visual_layers", ListConfig([0, "1"]), "it holds '1' of type str"),
+        ("visual_layers", ListConfig([True]), "it holds True of type bool"),
+        ("textual_layers", {0: 1}, "it is of type dict"),
+        ("textual_layers", 3, "it is of type int"),
+        ("modules_to_save", "lm_head", "it is of type str"),
+        ("modules_to_save", iter(["lm_head"]), "it is of type list_iterator"),
+        ("modules_to_save", b"lm_head", "it is of type bytes"),
+        ("exclude_modules", ListConfig(["a", 1]), "it holds 1 of type int"),
+        ("exclude_modules", {"a", 1}, "it holds 1 of type int"),
+    ],
+)
+def test_messages_name_the_type(field, value, message):
+    with pytest.raises(ValueError, match=f"{field}=.* {message}"):
+        M2PTConfig(**{field: value})
