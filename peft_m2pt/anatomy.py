@@ -192,9 +192,11 @@ def find_layers(model: nn.Module, kind: Kind, config: M2PTConfig) -> tuple[dict[
         f"Set num_{kind}_tokens=0 to do without {kind} prompts, or name another module path with {FIELDS[kind]}=...."
     )
     sites: dict[int, Site] = {}
+    left_out: list[str] = []
     for layer, path, attention in _layers(tower, tower_path):
         site = _site(model, kind, path, layer, attention, way_out)
         if site is None:
+            left_out.append(path)
             continue
         if layer in sites:
             raise UnsupportedModelError(
@@ -207,6 +209,13 @@ def find_layers(model: nn.Module, kind: Kind, config: M2PTConfig) -> tuple[dict[
                 f"have prompts of their own. Set num_{kind}_tokens=0 to do without {kind} prompts."
             )
         sites[layer] = site
+    if not sites and left_out:
+        raise UnsupportedModelError(
+            f"The {TOWERS[kind]} '{tower_path}' ({type(tower).__name__}) has no layer with self-attention and keys of "
+            f"its own. '{left_out[0]}', for example, is taken for cross-attention, since the code around it can hand "
+            f"it another sequence, or it shares the keys of another layer. Name another module path with "
+            f"{FIELDS[kind]}=..., or set num_{kind}_tokens=0 to do without {kind} prompts."
+        )
     if not sites:
         raise UnsupportedModelError(
             f"The {TOWERS[kind]} '{tower_path}' ({type(tower).__name__}) has no layer with self-attention that calls "

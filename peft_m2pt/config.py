@@ -292,6 +292,16 @@ class M2PTConfig(PeftConfig):
                 )
 
     @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        loaded = super().from_json_file(path_json_file, **kwargs)
+        if isinstance(loaded, dict) and "peft_type" not in loaded:
+            raise _NamesNoMethod(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f'Without it, \'{path_json_file}\' may be of any method: add "peft_type": "M2PT" if it is of this one.'
+            )
+        return loaded
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> M2PTConfig:
@@ -312,9 +322,10 @@ class M2PTConfig(PeftConfig):
         Raises:
             AdapterFileError: If there is no such file, or if it is none of an M2PT adapter. The message names file and
                 field.
+            TypeError: If the file does not say of which method it is.
         """
         hub_arguments, *_ = cls._split_kwargs(dict(kwargs))
-        with naming_the_file(pretrained_model_name_or_path, "adapter_config.json"):
+        with naming_the_file(pretrained_model_name_or_path, "adapter_config.json", unless=_NamesNoMethod):
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
             if isinstance(config.exclude_modules, str):
                 raise ValueError(
@@ -364,6 +375,10 @@ class M2PTConfig(PeftConfig):
         return cls(
             num_visual_tokens=num_visual_tokens, num_textual_tokens=num_textual_tokens, **{**defaults, **kwargs}
         )
+
+
+class _NamesNoMethod(TypeError):
+    """A file of a config does not say of which method it is. PEFT raises a `TypeError` then."""
 
 
 def _is_number(value: Any) -> bool:

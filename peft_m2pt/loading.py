@@ -93,7 +93,7 @@ def _embedding_weights(model: nn.Module) -> set[str]:
     """Weights of the base model that PEFT saves with an adapter if the vocabulary has grown, or if it is asked to."""
     try:
         embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    except NotImplementedError:  # by models that have several
+    except (AttributeError, NotImplementedError):  # of modules that are no models of transformers, or have several
         return set()
     return {
         f"{name}.{weight_name}"

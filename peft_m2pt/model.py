@@ -33,7 +33,7 @@ from .processes import agree_on_scales, let_take_part
 from .prompt import M2PTPrompt
 from .register import PREFIX
 from .report import describe
-from .samples import BASE, describe_samples, using
+from .samples import BASE, check_number, describe_samples, using
 from .stacking import (
     WRAPPER_PREFIX,
     check_name,
@@ -366,7 +366,9 @@ class M2PTModel(BaseTuner):
             return
         self._check_adapter_names(adapter_names)
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        input_ids = {**dict(zip(names, args)), **kwargs}.get("input_ids")
+        arguments = {**dict(zip(names, args)), **kwargs}
+        check_number(adapter_names, arguments)
+        input_ids = arguments.get("input_ids")
         image_token_id = getattr(self.model.config, "image_token_id", None)
         with using(describe_samples(adapter_names, input_ids, image_token_id)):
             yield

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -96,6 +97,38 @@ def using(samples: SampleAdapters) -> Iterator[None]:
         yield
     finally:
         _current.samples = before
+
+
+# What has one entry for each sample, in what models and their `generate` are given. Images come last, since some
+# models take those of all samples one after the other, beside the text.
+OF_SAMPLES = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values")
+
+
+def check_number(names: Sequence[str], arguments: dict[str, Any]) -> None:
+    """
+    Checks that there is an adapter for each sample, before a batch is repeated for beams or for several sequences.
+
+    Args:
+        names (`Sequence[str]`):
+            The adapter of each sample.
+        arguments (`dict[str, Any]`):
+            What the model, or its `generate`, is called with.
+
+    Raises:
+        ValueError: If there are fewer names than samples, or more.
+    """
+    batches = (arguments.get(name) for name in OF_SAMPLES)
+    batch = next((batch for batch in batches if isinstance(batch, torch.Tensor)), None)
+    # Patches of all images may be packed into one row.
+    if batch is None or (batch is arguments.get("pixel_values") and batch.dim() < 4):
+        return
+    if len(batch) != len(names):
+        count = "1 name" if len(names) == 1 else f"{len(names)} names"
+        raise ValueError(
+            f"adapter_names={list(names)} has {count}, but the batch has {len(batch)} samples. Length of "
+            f"`adapter_names` should be the same as the number of inputs, but got {len(names)} and {len(batch)} "
+            f"respectively."
+        )
 
 
 def describe_samples(

@@ -69,10 +69,12 @@ DAMAGE = (
 
 
 @contextmanager
-def naming_the_file(path: str, file_name: str) -> Iterator[None]:
-    """Makes errors about the content of a file of an adapter name it."""
+def naming_the_file(path: str, file_name: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Makes errors about the content of a file of an adapter name it, unless they do so themselves."""
     try:
         yield
+    except unless:
+        raise
     except DAMAGE as error:
         what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise AdapterFileError(f"'{file_name}' of the adapter '{path}' is wrong or damaged. {what}") from error

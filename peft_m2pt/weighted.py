@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .base import M2PTLayer
@@ -39,6 +40,7 @@ def add_weighted_adapter(
             _check_layer(path, getattr(layer, layer_name), adapters, combination_type)
 
     config = copy.copy(configs[0])
+    config.modules_to_save = list(dict.fromkeys(name for c in configs for name in c.modules_to_save or ())) or None
     if combination_type == "cat":
         for name in COUNTS:
             counts = [{**vars(tuner.peft_config[other]), **tuner.resolved[other]}[name] for other in adapters]
@@ -59,6 +61,7 @@ def add_weighted_adapter(
     for _, layer in layers:
         for layer_name in layer.adapter_layer_names:
             _combine(layer, layer_name, adapters, weights, adapter_name, combination_type)
+    _take_over_saved_modules(tuner, adapters, adapter_name)
     tuner.set_adapter(tuner.active_adapters)
 
 
@@ -96,9 +99,30 @@ def _check(
                 f"combined so. Train them with tune_connector=False"
                 f"{', or choose combination_type=' + repr('linear') if rank is None else ''}."
             )
-    if any(config.modules_to_save for config in configs):
-        raise ValueError(f"The adapters {list(adapters)} have modules_to_save, which cannot be combined.")
+    for path, wrapper in _saved_modules(tuner):
+        owners = [name for name in adapters if name in wrapper.modules_to_save]
+        if len(owners) > 1:
+            raise ValueError(
+                f"The adapters {owners} have each trained '{path}' (modules_to_save), and such modules cannot be "
+                f"combined. Combine adapters of which only one has trained it."
+            )
     return configs
+
+
+def _saved_modules(tuner: M2PTModel) -> list[tuple[str, ModulesToSaveWrapper]]:
+    modules = tuner.model.named_modules()
+    return [(path, module) for path, module in modules if isinstance(module, ModulesToSaveWrapper)]
+
+
+def _take_over_saved_modules(tuner: M2PTModel, adapters: Sequence[str], adapter_name: str) -> None:
+    """Gives the new adapter a copy of what one of the others has trained besides (`modules_to_save`)."""
+    for _, wrapper in _saved_modules(tuner):
+        for owner in adapters:
+            if owner in wrapper.modules_to_save:
+                wrapper.update(adapter_name)
+                trained = wrapper.modules_to_save[adapter_name]
+                trained.load_state_dict(wrapper.modules_to_save[owner].state_dict())
+                trained.requires_grad_(False)
 
 
 def _check_layer(path: str, modules: nn.ModuleDict, adapters: Sequence[str], combination_type: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from models import adapt, make_config, make_inputs, make_llava
 from peft import get_peft_model
 from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, CLIPVisionModel, LlamaForCausalLM
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -118,6 +118,28 @@ def test_no_attention():
         "'model.multi_modal_projector' (LlavaMultiModalProjector) has no layer with self-attention",
         "vision_encoder=",
         "num_visual_tokens=0",
+    )
+
+
+def test_attention_that_is_taken_for_cross_attention():
+    """Layers of BERT hand their self-attention the output of an encoder too, if it is to be cross-attention."""
+    model = BertLMHeadModel(
+        BertConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=99,
+            is_decoder=True,
+        )
+    )
+    refused(
+        model,
+        M2PTConfig(num_visual_tokens=0),
+        "'bert' (BertModel) has no layer with self-attention and keys of its own",
+        "'bert.encoder.layer.0.attention.self', for example, is taken for cross-attention",
+        "text_decoder=",
+        "num_textual_tokens=0",
     )
 
 

@@ -158,14 +158,42 @@ def test_images_of_unknown_samples(model):
         ([], "nothing is not the name of an adapter"),
         (["default"] * 3, "has 3 names, but the batch has 2 samples"),
         (["default"] * 4, "has 4 names, but the batch has 2 samples"),
+        (["default"], "has 1 name, but the batch has 2 samples"),
+        (["__base__"], "has 1 name, but the batch has 2 samples"),
+        (
+            ["longer"],
+            "Length of `adapter_names` should be the same as the number of inputs, but got 1 and 2 respectively",
+        ),
     ],
 )
 def test_wrong_names(model, names, message):
     inputs = without_labels(make_inputs(images=False))
     with pytest.raises(ValueError, match=message):
         model(**inputs, adapter_names=names)
+    for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, **options, adapter_names=names, max_new_tokens=2)
+    embeddings = model.get_base_model().get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match=message):
+        model(inputs_embeds=embeddings, adapter_names=names)
     with pytest.raises(TypeError, match="'default' is not a list of names"):
         model(**inputs, adapter_names="default")
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 4, "num_return_sequences": 2}, {"num_return_sequences": 3}])
+@torch.no_grad()
+def test_several_sequences_of_each_sample(model, options):
+    """Batches that `generate` repeats have the adapters of their samples."""
+    inputs = without_labels(make_inputs("left"))
+    options = {**options, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": "num_beams" not in options}
+    # With one token to choose from, chance has no say.
+    options |= {} if "num_beams" in options else {"top_k": 1}
+    tokens = model.generate(**inputs, **options, adapter_names=["longer", "textual"])
+    number = options["num_return_sequences"]
+    assert len(tokens) == 2 * number
+    for index, name in enumerate(["longer", "textual"]):
+        expected = alone(model, inputs, index, name, lambda model, sample: model.generate(**sample, **options))
+        assert torch.equal(tokens[index * number : (index + 1) * number], expected)
 
 
 def test_not_in_training_mode(model):

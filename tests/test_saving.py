@@ -5,10 +5,13 @@ import re
 
 import pytest
 import torch
-from models import adapt, make_config, make_inputs, make_llava, trained_by
+from models import adapt, make_config, make_inputs, make_llava, randomise, trained_by
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_m2pt import M2PTConfig
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -232,3 +235,37 @@ def test_buffers_of_the_connector(tmp_path, persistent):
     peft_model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make(), tmp_path)
     torch.testing.assert_close(loaded(**inputs).logits, peft_model(**inputs).logits)
+
+
+class Wrapper(nn.Module):
+    """No model of transformers, but one is in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_llava().model.language_model
+
+    def forward(self, input_ids):
+        return self.inner(input_ids=input_ids).last_hidden_state
+
+
+def test_a_plain_module(tmp_path):
+    config = M2PTConfig(num_visual_tokens=0, num_textual_tokens=3, text_decoder="inner")
+    model = get_peft_model(Wrapper(), config).eval()
+    randomise(model, seed=2)
+    input_ids = make_inputs()["input_ids"].clamp(max=90)
+    expected = model(input_ids)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Wrapper(), tmp_path)
+    assert torch.equal(loaded(input_ids), expected)
+    loaded.load_adapter(tmp_path, "again")
+    loaded.set_adapter("again")
+    assert torch.equal(loaded(input_ids), expected)
+
+
+@pytest.mark.parametrize("content", [{"foo": "bar", "baz": 123}, {"num_visual_tokens": 3}, {}])
+def test_a_config_that_names_no_method(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    message = "The M2PTConfig config that is trying to be loaded is missing required keys: {'peft_type'}."
+    with pytest.raises(TypeError, match=message) as error:
+        M2PTConfig.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)

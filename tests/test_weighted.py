@@ -108,7 +108,48 @@ def test_adapters_that_do_not_fit_together(first, second, message):
         peft_model.add_weighted_adapter(["default", "second"], adapter_name="new")
 
 
-def test_modules_to_save():
-    peft_model = adapt(make_llava(), modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match="have modules_to_save, which cannot be combined"):
-        peft_model.add_weighted_adapter(["default"], adapter_name="new")
+@pytest.mark.parametrize("owner", ["default", "second"])
+def test_modules_to_save_of_one_adapter(owner):
+    """What only one of them has trained goes along, as a copy."""
+    peft_model = adapt(
+        make_llava(), **PROMPTS_ALONE, **({"modules_to_save": ["lm_head"]} if owner == "default" else {})
+    )
+    saved = {} if owner == "default" else {"modules_to_save": ["lm_head"]}
+    peft_model.add_adapter("second", make_config(**PROMPTS_ALONE, **saved))
+    randomise(peft_model, seed=3)
+    head = peft_model.get_base_model().lm_head
+    with torch.no_grad():
+        head.modules_to_save[owner].weight.mul_(1.5)
+    peft_model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mixed")
+    assert peft_model.peft_config["mixed"].modules_to_save == ["lm_head"]
+    assert torch.equal(head.modules_to_save["mixed"].weight, head.modules_to_save[owner].weight)
+    assert not head.modules_to_save["mixed"].weight.requires_grad
+    peft_model.set_adapter("mixed")
+    assert torch.equal(head(torch.eye(48)), head.modules_to_save[owner](torch.eye(48)))
+    with torch.no_grad():
+        head.modules_to_save["mixed"].weight.zero_()
+    assert head.modules_to_save[owner].weight.any()
+
+
+def test_modules_to_save_of_a_combined_adapter_are_saved(tmp_path):
+    peft_model = adapt(make_llava(), **PROMPTS_ALONE, modules_to_save=["lm_head"])
+    peft_model.add_adapter("second", make_config(**PROMPTS_ALONE))
+    randomise(peft_model, seed=3)
+    with torch.no_grad():
+        peft_model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
+    peft_model.add_weighted_adapter(["second", "default"], adapter_name="mixed", combination_type="cat")
+    peft_model.set_adapter("mixed")
+    inputs = without_labels(make_inputs())
+    expected = peft_model.eval()(**inputs).logits
+    peft_model.save_pretrained(tmp_path, selected_adapters=["mixed"])
+    loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "mixed")
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
+
+
+def test_modules_to_save_of_several_adapters():
+    peft_model = adapt(make_llava(), **PROMPTS_ALONE, modules_to_save=["lm_head"])
+    peft_model.add_adapter("second", make_config(**PROMPTS_ALONE, modules_to_save=["lm_head"]))
+    message = r"\['default', 'second'\] have each trained 'lm_head' \(modules_to_save\)"
+    with pytest.raises(ValueError, match=message):
+        peft_model.add_weighted_adapter(["default", "second"], adapter_name="new")
+    assert set(peft_model.peft_config) == {"default", "second"}
