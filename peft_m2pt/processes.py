@@ -1,4 +1,4 @@
-"""Training in several processes, which need not all have images in every step."""
+"""Training steps without images, in one process and in several, which need not all have images in every step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ class TakePart:
     and gradients leave the layers in the same order in all processes. This is a forward hook for a module that is
     called whenever the part is.
 
+    In one process, nothing waits, and a weight without a gradient is left as it is. But if no weight is needed at all,
+    since nothing in the language model is trained, the loss would have nothing to go back to. All weights have a
+    gradient of zero then.
+
     Args:
+        model (`nn.Module`):
+            The model.
         part (`nn.Module`):
             The vision encoder, or the connector.
     """
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, model: nn.Module, part: nn.Module) -> None:
+        self.model = model
         self.part = part
         self.takes_part = False
 
@@ -51,20 +58,22 @@ class TakePart:
 
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook for the language model, which may embed its tokens itself."""
+        if not _in_several_processes():
+            # Its input may ask for gradients without a weight behind it, for reentrant checkpointing.
+            is_trained = any(weight.requires_grad for weight in decoder.parameters())
+            return output if is_trained or not torch.is_grad_enabled() else _plus_zeros(output, self.model)
         return self._take_part(output)
 
     def _take_part(self, states: Any) -> Any:
         if not _in_several_processes() or self.takes_part or not torch.is_grad_enabled():
             return states
         self.takes_part = True
-        # Sums over nothing, so that no value of a weight can spoil the states.
-        zeros = [weight.flatten()[:0].sum() for weight in _weights(self.part) if weight.requires_grad]
-        return _plus(states, sum(zero.to(zeros[0]) for zero in zeros)) if zeros else states
+        return _plus_zeros(states, self.part)
 
 
 def let_take_part(model: nn.Module, part: nn.Module, watched: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
     """
-    Prepares a part of a model for training in several processes, some of which may have no images in a step.
+    Prepares a part of a model for training steps without images, in all processes or in some of them.
 
     Args:
         model (`nn.Module`):
@@ -81,7 +90,7 @@ def let_take_part(model: nn.Module, part: nn.Module, watched: nn.Module, decoder
     """
     if any(isinstance(hook, TakePart) for hook in watched._forward_hooks.values()):
         return []
-    hook = TakePart(part)
+    hook = TakePart(model, part)
     return [
         model.register_forward_pre_hook(hook.begin),
         watched.register_forward_hook(hook),
@@ -129,6 +138,13 @@ def _weights(part: nn.Module) -> Iterator[torch.Tensor]:
             for module in getattr(layer, layer_name).values():
                 # Sharded training gathers a prompt when it is called.
                 yield from [module()] if isinstance(module, M2PTPrompt) else module.parameters()
+
+
+def _plus_zeros(states: Any, part: nn.Module) -> Any:
+    """Adds the weights of a part in a way that leaves nothing of them but a gradient of zero."""
+    # Sums over nothing, so that no value of a weight can spoil the states.
+    zeros = [weight.flatten()[:0].sum() for weight in _weights(part) if weight.requires_grad]
+    return _plus(states, sum(zero.to(zeros[0]) for zero in zeros)) if zeros else states
 
 
 def _plus(states: Any, zero: torch.Tensor) -> Any:

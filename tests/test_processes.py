@@ -8,6 +8,7 @@ from models import adapt, make_config, make_inputs, make_llava, randomise, train
 from processes.launch import check, train_alone
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import Trainer, TrainingArguments
 
 
 CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "not reentrant": {"use_reentrant": False}}
@@ -134,6 +135,56 @@ class TestWithoutImages:
     def test_in_one_process_nothing_is_added(self):
         peft_model = adapt(make_llava())
         assert not any("vision_tower" in name for name in gradients(peft_model, TEXT))
+
+    @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {},
+            {"tune_connector": False},
+            {"connector_rank": 2},
+            {"interaction_placement": "image", "num_interaction_tokens": 2},
+        ],
+        ids=str,
+    )
+    def test_nothing_of_the_language_model_in_one_process(self, config, checkpointing):
+        """There is a gradient of zero then, since the loss must lead back to something."""
+        config = {"num_textual_tokens": 0, "num_interaction_tokens": 0, **config}
+        with_image = {} if config["num_interaction_tokens"] == 0 else {"num_image_tokens": 6}
+        peft_model = adapt(make_llava(), **config)
+        if checkpointing != "off":
+            peft_model.gradient_checkpointing_enable(CHECKPOINTING[checkpointing])
+        found = gradients(peft_model, TEXT)
+        assert found.keys() == trained_by(peft_model).keys()
+        assert not any(gradient.any() for gradient in found.values())
+        of_images = gradients(peft_model, make_inputs("right", **with_image))
+        both = gradients(peft_model, TEXT, make_inputs("right", **with_image))
+        assert all(gradient.any() for gradient in of_images.values())
+        for name, gradient in of_images.items():
+            torch.testing.assert_close(both[name], gradient, msg=name)
+
+    def test_numbers_stay_in_one_process(self):
+        peft_model = adapt(make_llava(), num_textual_tokens=0, num_interaction_tokens=0)
+        with torch.no_grad():
+            expected = peft_model(**TEXT).logits
+            assert not expected.requires_grad
+            for weight in trained_by(peft_model).values():
+                weight.fill_(torch.inf)
+        logits = peft_model(**TEXT).logits
+        assert torch.equal(logits, expected) and logits.requires_grad
+        with peft_model.disable_adapter():
+            assert not peft_model(**TEXT).logits.requires_grad
+
+    @pytest.mark.parametrize("config", [{}, {"tune_connector": False}], ids=str)
+    def test_trainer(self, config, tmp_path):
+        peft_model = adapt(make_llava(), num_textual_tokens=0, num_interaction_tokens=0, **config)
+        before = {name: weight.detach().clone() for name, weight in trained_by(peft_model).items()}
+        samples = [{name: value[i] for name, value in batch.items()} for batch in (TEXT, IMAGES) for i in (0, 1)]
+        arguments = TrainingArguments(
+            tmp_path, per_device_train_batch_size=1, num_train_epochs=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        Trainer(peft_model, arguments, train_dataset=samples).train()
+        assert all(not torch.equal(weight, before[name]) for name, weight in trained_by(peft_model).items())
 
     def test_unloading_takes_the_hooks_away(self):
         model = make_llava()
