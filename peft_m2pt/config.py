@@ -249,10 +249,14 @@ class M2PTConfig(PeftConfig):
                 raise ValueError(f"{name}={value!r} is neither a string nor None.")
         token_ids = self.init_token_ids
         if token_ids is not None:
-            is_list = isinstance(token_ids, (list, tuple))
-            if not is_list or not all(_is_index(token_id) and token_id >= 0 for token_id in token_ids):
-                raise ValueError(f"init_token_ids={token_ids!r} is not a list of the ids of tokens.")
-            self.init_token_ids = list(token_ids)
+            # The order of tokens matters, and a set has none.
+            items = None if isinstance(token_ids, Set) else _as_list(token_ids)
+            if items is None or not all(map(_is_token_id, items)):
+                raise ValueError(
+                    f"init_token_ids={token_ids!r} is not a list of the ids of tokens: "
+                    f"{_what_is_wrong(token_ids, items, _is_token_id)}."
+                )
+            self.init_token_ids = items
         given = [name for name in ("init_text", "init_token_ids") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError("init_text and init_token_ids are both given. Give one of them.")
@@ -387,6 +391,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token_id(value: Any) -> bool:
+    return _is_index(value) and value >= 0
 
 
 def _check_count(name: str, value: Any) -> None:

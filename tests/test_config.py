@@ -193,9 +193,17 @@ def test_indices_of_any_class(tmp_path, layers):
     assert M2PTConfig.from_pretrained(tmp_path) == config
 
 
+@pytest.mark.parametrize("make", [ListConfig, tuple, np.array, torch.tensor])
+def test_tokens_of_any_class(make):
+    config = M2PTConfig(num_textual_tokens=2, init_prompts="states", init_token_ids=make([7, 5]))
+    assert config.init_token_ids == [7, 5] and set(map(type, config.init_token_ids)) == {int}
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [
+        ("init_token_ids", {5, 7}, "it is of type set"),
+        ("init_token_ids", ListConfig([5, -7]), "it holds -7 of type int"),
         ("visual_layers", ListConfig([0, "1"]), "it holds '1' of type str"),
         ("visual_layers", ListConfig([True]), "it holds True of type bool"),
         ("textual_layers", {0: 1}, "it is of type dict"),
