@@ -1,4 +1,4 @@
-"""`torch.jit.trace` of tuned models, with which several exporters start: right for other inputs than those traced."""
+"""`torch.jit.trace` and `torch.export` of tuned models, with which exporters start: right for other inputs too."""
 
 import warnings
 
@@ -65,3 +65,28 @@ def test_text_in_batches_of_other_sizes(attn, num_samples, with_mask):
 @pytest.mark.parametrize("kwargs", [{"num_textual_tokens": 0}, {"num_visual_tokens": 0}, {"connector_rank": 2}])
 def test_kinds_of_prompts(kwargs):
     check(adapt(make_llava(), **kwargs), prepare("none"), [prepare("right")])
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@torch.no_grad()
+def test_export(attn):
+    """Of text, with any number of samples and tokens."""
+    inputs = prepare("left", images=False)
+    module = WithTensors(adapt(make_llava(attn=attn)).eval(), list(inputs))
+    dims = {0: torch.export.Dim("batch", min=2, max=8), 1: torch.export.Dim("length", min=4, max=64)}
+    shapes = {"tensors": tuple(dims for _ in inputs)}
+    exported = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=shapes, strict=False).module()
+    three = {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}
+    for other in (inputs, prepare("right", images=False), three, shortened(three, 4)):
+        mask = other["attention_mask"].bool()
+        expected = module(*other.values())
+        torch.testing.assert_close(exported(*other.values())[mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_export_with_images():
+    inputs = prepare("none")
+    module = WithTensors(adapt(make_llava()).eval(), list(inputs))
+    exported = torch.export.export(module, tuple(inputs.values()), strict=False).module()
+    other = prepare("none", seed=7)
+    torch.testing.assert_close(exported(*other.values()), module(*other.values()), atol=1e-5, rtol=1e-5)
