@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from .errors import UnsupportedModelError
 from .flash import attend_flash
 from .flex import attend_flex
 from .rows import Rows
+from .threads import PerThread
 from .upstream import attention_implementation
 
 
@@ -213,18 +213,10 @@ class _Attender:
         return extension(attend, self.module, rows, query, key, value, attention_mask, **kwargs)
 
 
-class _Current(threading.local):
-    """
-    What the attention function does for the module that is being called.
-
-    Per thread, since several threads may call one model at once; not a keyword argument, since many modules do not
-    hand those on to their attention function; not a `ContextVar`, which torch.compile cannot follow.
-    """
-
-    task: _Recorder | _Attender | None = None
-
-
-_current = _Current()
+# What the attention function does for the module that is being called: a `_Recorder` or an `_Attender`. Not a keyword
+# argument, since many modules do not hand those on to their attention function; not a `ContextVar`, which
+# torch.compile cannot follow.
+_task = PerThread()
 
 
 class PromptAttention:
@@ -244,7 +236,7 @@ class PromptAttention:
 
     def __call__(self, module: nn.Module, query, key, value, attention_mask=None, **kwargs):
         attend = self.attend or _own_eager_attention(type(module))
-        task = _current.task
+        task = _task.value
         if task is None or task.module is not module:
             return attend(module, query, key, value, attention_mask, **kwargs)
         return task(self.extension, attend, query, key, value, attention_mask, **kwargs)
@@ -405,11 +397,11 @@ def attend_to_rows(
 
 
 def _run(task: _Recorder | _Attender, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    before, _current.task = _current.task, task
+    before, _task.value = _task.value, task
     try:
         return function(*args, **kwargs)
     finally:
-        _current.task = before
+        _task.value = before
 
 
 def _goes_round(module: nn.Module, path: str) -> UnsupportedModelError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -17,15 +16,11 @@ from .graft import copied_parts, graft, low_rank_parts
 from .init import PromptInitialiser
 from .prompt import M2PTPrompt
 from .samples import sample_adapters
+from .threads import PerThread
 
 
-class _Input(threading.local):
-    """What is known of the input of the model that is being called. Per thread, since several may call one model."""
-
-    num_image_tokens: torch.Tensor | None = None
-
-
-_input = _Input()
+# How many image tokens are in the input of the model that is being called, where that is known.
+_num_image_tokens = PerThread()
 
 
 class M2PTConnector(M2PTLayer):
@@ -99,7 +94,7 @@ class M2PTConnector(M2PTLayer):
         samples = sample_adapters()
         if samples is None or self.disable_adapters:
             return self._forward([] if self.disable_adapters else self.active_adapters, arguments)
-        _input.num_image_tokens = None
+        _num_image_tokens.value = None
         name, *others = arguments
         features = arguments[name]
         adapters = samples.of_images(len(features), self.site.path)
@@ -123,8 +118,8 @@ class M2PTConnector(M2PTLayer):
     def _forward(self, active_adapters: Sequence[str], arguments: dict[str, Any]) -> Any:
         features = arguments[self.site.argument_names[0]]
         prompts = [self.m2pt_interaction[name] for name in active_adapters if name in self.m2pt_interaction]
-        if (num_image_tokens := _input.num_image_tokens) is not None:
-            _input.num_image_tokens = None
+        if (num_image_tokens := _num_image_tokens.value) is not None:
+            _num_image_tokens.value = None
             self._check_image_tokens(num_image_tokens, len(features), features.shape[-2], sum(map(len, prompts)))
         if prompts:
             prompts = [prompt().to(features).expand(*features.shape[:-2], -1, -1) for prompt in prompts]
@@ -170,7 +165,7 @@ class M2PTConnector(M2PTLayer):
             features = encoded.pooler_output
             self._check_image_tokens(num_image_tokens, len(features), len(features[0]) - num_prompts, num_prompts)
         elif arguments.get("pixel_values") is not None:
-            _input.num_image_tokens = num_image_tokens
+            _num_image_tokens.value = num_image_tokens
 
     def _check_image_tokens(
         self, num_image_tokens: torch.Tensor, num_images: int, num_features: int, num_prompts: int
@@ -238,7 +233,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _forget_image_tokens(*args: Any) -> None:
-    _input.num_image_tokens = None
+    _num_image_tokens.value = None
 
 
 class _Tuned(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
+
+from .threads import PerThread
 
 
 BASE = "__base__"
@@ -75,28 +76,23 @@ class SampleAdapters:
         return [name for name in self.names for _ in range(times)]
 
 
-class _Current(threading.local):
-    """Per thread, since several threads may call one model at once."""
-
-    samples: SampleAdapters | None = None
-
-
-_current = _Current()
+# The adapters of the samples that the model is being called with.
+_samples = PerThread()
 
 
 def sample_adapters() -> SampleAdapters | None:
     """The adapters of the samples that the model is being called with. `None` if all use the active ones."""
-    return _current.samples
+    return _samples.value
 
 
 @contextmanager
 def using(samples: SampleAdapters) -> Iterator[None]:
     """While this context is open, each sample uses its own adapter."""
-    before, _current.samples = _current.samples, samples
+    before, _samples.value = _samples.value, samples
     try:
         yield
     finally:
-        _current.samples = before
+        _samples.value = before
 
 
 # What has one entry for each sample, in what models and their `generate` are given. Images come last, since some
