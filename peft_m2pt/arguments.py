@@ -253,7 +253,10 @@ def check_call(signature: Signature, bound: dict[str, Any], attention: nn.Module
     for argument in signature.unknown:
         value = bound.get(argument.name)
         if not argument.is_left_out(value):
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            is_plain = isinstance(value, (bool, int, float, str))
+            shown = repr(value) if is_plain else f"a value of type {type(value).__name__}"
+            if isinstance(value, torch.Tensor):
+                shown = f"a tensor of shape {tuple(value.shape)}"
             raise UnsupportedModelError(
                 f"The attention '{path}' ({type(attention).__name__}) was called with {argument.name}={shown}, which "
                 f"M2PT does not know how to set for prompts. Call the model without it, or leave this attention out "
@@ -327,6 +330,9 @@ class _RoleReader(CodeReader):
         if NOTHING in (value, other):
             return other if value is NOTHING else value
         return super().join(value, other)
+
+    def of_part(self, value: Any) -> Any:
+        return None if value is NOTHING else value
 
     def of_expression(self, expression: ast.expr, first: Any) -> Any:
         if isinstance(expression, ast.Constant) and expression.value is None:

@@ -107,6 +107,10 @@ class CodeReader:
         """The value of a call, of whose parts (the owner is that of a method) these are the values."""
         return None
 
+    def of_part(self, value: Any) -> Any:
+        """The value of a part of something that has a value and is unpacked."""
+        return None
+
     def of_expression(self, expression: ast.expr, first: Any) -> Any:
         """The value of an expression that is neither a name nor a call, and whose first part has a value."""
         return None
@@ -335,9 +339,9 @@ class CodeReader:
                     self.values[target.id] = value
             case ast.Tuple() | ast.List():
                 for element in target.elts:
-                    self._bind(element, None)
+                    self._bind(element, None if value is None else self.of_part(value))
             case ast.Starred():
-                self._bind(target.value, None)
+                self._bind(target.value, value)
             case ast.Attribute() | ast.Subscript():
                 self.value(target)
                 self.write_to(target)

@@ -213,6 +213,7 @@ def test_values_that_leave_an_argument_out(attention, options):
         (Annotated, {"temperature": 2.0}, r"temperature=2\.0"),
         (Bare, {"extra": True}, "extra=True"),
         (Bare, {"extra": torch.ones(2, 3)}, r"extra=a tensor of shape \(2, 3\)"),
+        (Bare, {"extra": (torch.ones(2, 3),)}, "extra=a value of type tuple"),
     ],
 )
 def test_unknown_values_are_refused_before_anything_is_computed(attention, options, shown):
