@@ -530,6 +530,13 @@ def tokenizer(tmp_path_factory):
     return str(folder)
 
 
+UNREADABLE = {
+    "florence2": r"'model.language_model' \(BartModel\) belongs to an encoder and a decoder.*Choose init_pr",
+    "diffusion_gemma": r"\(DiffusionGemmaDecoderModel\) takes no input_ids.*Choose init_prompts='xavier_unif",
+    "idefics": r"'model' \(IdeficsModel\) cannot read a text by itself: Exactly 1 of pixel_values.*Choose in",
+}
+
+
 class TestText:
     def test_the_tokenizer_of_the_base_model(self, tokenizer, tmp_path):
         model = make_llava()
@@ -611,23 +618,10 @@ class TestText:
         assert message in str(error.value)
 
     @pytest.mark.parametrize(
-        "name, message",
-        [
-            ("florence2", r"'model.language_model' \(BartModel\) belongs to an encoder and a decoder.*Choose init_pr"),
-            (
-                "diffusion_gemma",
-                r"\(DiffusionGemmaDecoderModel\) takes no input_ids.*Choose init_prompts='xavier_unif",
-            ),
-            (
-                "idefics",
-                r"'model' \(IdeficsModel\) cannot read a text by itself: Exactly 1 of pixel_values.*Choose in",
-            ),
-        ],
+        "family", [f for f in FAMILIES if f.is_known and f.name in UNREADABLE], ids=lambda f: f.name
     )
-    def test_models_that_cannot_read_a_text_alone(self, name, message):
-        family = next(family for family in FAMILIES if family.name == name)
-        if not family.is_known:
-            pytest.skip("this transformers does not have it")
+    def test_models_that_cannot_read_a_text_alone(self, family):
+        message = UNREADABLE[family.name]
         model = of_families.make_model(family, "sdpa")
         training = [module.training for module in model.modules()]
         with pytest.raises(UnsupportedModelError, match=message):
