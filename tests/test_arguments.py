@@ -53,8 +53,8 @@ class Base(nn.Module):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
-def apply_rotary_pos_emb(*args):
-    raise NotImplementedError
+def apply_rotary_pos_emb(queries, keys, *rotations):
+    return queries, keys
 
 
 def roles(forward) -> list[Role | None]:
