@@ -20,7 +20,7 @@ from .source import AdapterSource, naming_the_file
 LAYERS = ("first", "odd", "top_half", "bottom_half")
 PLACEMENTS = ("layers", "image")
 MAX_TOKENS = 2**20
-INITS = ("xavier_uniform", "normal", "vocabulary", "states")
+INITS = ("states", "xavier_uniform", "normal", "vocabulary")
 
 
 @dataclass
@@ -39,13 +39,15 @@ class M2PTConfig(PeftConfig):
             textual prompts cannot both be switched off.
         num_interaction_tokens (`int`, *optional*):
             Interaction prompts: vectors of the vision encoder's width that go through the connector into the language
-            model. `None` (default): as many as `num_visual_tokens` if the model has both kinds of prompts and its
-            connector allows it, else 0.
+            model. `None` (default): none with `interaction_placement="layers"`; with "image", as many as
+            `num_visual_tokens` if the model has both kinds of prompts and its connector allows it.
         interaction_placement (`str`, defaults to `"layers"`):
             Where interaction prompts go. "layers": each layer of the language model has its own, which become textual
-            prompt rows there; it works with every connector that maps tokens to tokens. "image": one set, in front of
-            the image features that enter the connector, so that every image has that many more tokens. This is the
-            paper's; the processor must know, see [`adapt_processor`].
+            prompt rows there; it works with every connector that maps tokens to tokens. Careful: what a connector
+            makes of them is nothing that a pretrained language model knows, however they are initialised (plain text
+            at 13 to 15 nats a token before the first step, where the model by itself is at 3). "image": one set, in
+            front of the image features that enter the connector, so that every image has that many more tokens. This
+            is the paper's; the processor must know, see [`adapt_processor`].
         tune_connector (`bool`, defaults to `True`):
             Train a copy of the connector, the paper's interaction layer. Careful: in models with a big connector, this
             is most of the adapter (21 million parameters in LLaVA-1.5-7B); see `connector_rank`.
@@ -59,24 +61,28 @@ class M2PTConfig(PeftConfig):
             "top_half" (the half next to the output; the larger one if the number of layers is odd).
         textual_layers (`list[int]` or `str`, *optional*):
             The same for the language model.
-        init_prompts (`str`, defaults to `"xavier_uniform"`):
-            How prompts are initialised. "xavier_uniform" is the paper's choice, on shape `[1, n, D]`: uniform in
-            `[-a, a]` with `a = sqrt(6 / ((n + 1) * D))`. "normal" draws from a normal distribution with standard
-            deviation `init_std`. "vocabulary" starts each textual prompt at the embeddings of random tokens of the
-            model's vocabulary, special tokens left out; visual prompts, which have no vocabulary, are then initialised
-            with "xavier_uniform". "states" is for pretrained models, which the other three break before the first
-            step: textual prompts start as what the tokens of a text are in each layer, so that the adapter at first
-            equals the base model behind that text, and visual prompts as what a blank image is in each layer.
-            Interaction prompts start as with "xavier_uniform". All prompts are then trained in units of their rows:
-            a row `P = s * W` has a fixed scale `s`, about its root mean square at the start, and the optimizer sees
-            `W`. A learning rate is then the part of its length by which a step turns a row; try 1e-2.
+        init_prompts (`str`, defaults to `"states"`):
+            How prompts are initialised. "states": textual prompts start as what the tokens of a text are in each
+            layer, so that the adapter at first equals the base model behind that text, and visual prompts as what a
+            blank image is in each layer. Where a model cannot be asked for these, or for interaction prompts, they
+            start as with "xavier_uniform". All prompts are then trained in units of their rows: a row `P = s * W` has
+            a fixed scale `s`, about 16 times its root mean square at the start, and the optimizer sees `W`. So a step
+            of AdamW turns every row by 16 times the learning rate, whatever the width and the layer: 1e-3 suits
+            prompts as well as the connector. The other choices train the prompts as they are, and break a pretrained
+            language model before the first step (a plain text at 10 nats a token, where the model by itself is at
+            3). "xavier_uniform" is the paper's, on shape `[1, n, D]`: uniform in `[-a, a]` with
+            `a = sqrt(6 / ((n + 1) * D))`. "normal" draws from a normal distribution with standard deviation
+            `init_std`. "vocabulary" starts each textual prompt at the embeddings of random tokens of the model's
+            vocabulary, special tokens left out; visual prompts, which have no vocabulary, are then initialised with
+            "xavier_uniform".
         init_std (`float`, defaults to 0.02):
             Standard deviation of `init_prompts="normal"`. Ignored otherwise.
         init_text (`str`, *optional*):
             For `init_prompts="states"`: the text that the textual prompts start as. With the special tokens that the
-            tokenizer adds, it must have `num_textual_tokens` tokens.
+            tokenizer adds, it must have `num_textual_tokens` tokens. `None` (default): the text with which the
+            language model by itself continues its first token, for which no tokenizer is needed.
         init_token_ids (`list[int]`, *optional*):
-            The tokens of that text, in the place of `init_text`; no tokenizer is needed then.
+            The tokens of that text, in the place of `init_text`.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer for `init_text`. `None` (default): that of the base model. It is not needed to load a saved
             adapter.
@@ -115,7 +121,10 @@ class M2PTConfig(PeftConfig):
     )
     num_interaction_tokens: int | None = field(
         default=None,
-        metadata={"help": "Prompt vectors that go through the connector. None: as many as visual ones, if possible."},
+        metadata={
+            "help": "Prompt vectors that go through the connector. None: as many as visual ones in placement 'image', "
+            "if possible, else none."
+        },
     )
     interaction_placement: str = field(
         default="layers", metadata={"help": f"Where interaction prompts go, one of {PLACEMENTS}."}
@@ -134,12 +143,13 @@ class M2PTConfig(PeftConfig):
         default=None,
         metadata={"help": f"Language model layers with prompts: None (all), indices, or one of {LAYERS}."},
     )
-    init_prompts: str = field(
-        default="xavier_uniform", metadata={"help": f"How prompts are initialised, one of {INITS}."}
-    )
+    init_prompts: str = field(default="states", metadata={"help": f"How prompts are initialised, one of {INITS}."})
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation for init_prompts='normal'."})
     init_text: str | None = field(
-        default=None, metadata={"help": "For init_prompts='states': the text that textual prompts start as."}
+        default=None,
+        metadata={
+            "help": "For init_prompts='states': the text that textual prompts start as. None: one of the model's own."
+        },
     )
     init_token_ids: list[int] | None = field(
         default=None, metadata={"help": "For init_prompts='states': the tokens of the text, in place of init_text."}
@@ -346,7 +356,8 @@ class M2PTConfig(PeftConfig):
         """Number of interaction prompts, if the connector allows them."""
         if self.num_interaction_tokens is not None:
             return self.num_interaction_tokens
-        return self.num_visual_tokens if self.num_textual_tokens > 0 else 0
+        in_image = self.interaction_placement == "image"
+        return self.num_visual_tokens if in_image and self.num_textual_tokens > 0 else 0
 
     @classmethod
     def paper(cls, num_visual_tokens: int = 20, num_textual_tokens: int = 10, **kwargs: Any) -> M2PTConfig:

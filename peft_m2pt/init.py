@@ -13,8 +13,8 @@ from .anatomy import Connector, Site
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
 from .prompt import M2PTPrompt
-from .states import has_data, states_of_blank_image, states_of_text
-from .tokens import init_token_ids
+from .states import has_data, states_of_images, states_of_text
+from .tokens import given_token_ids, ordinary_token_ids
 from .upstream import weights_come_from_first_process
 
 
@@ -26,17 +26,17 @@ class PromptInitialiser:
         config ([`M2PTConfig`]):
             The configuration of the adapter.
         model (`transformers.PreTrainedModel`):
-            The model, whose token embeddings serve `init_prompts="vocabulary"`, and which reads a text for
-            `init_prompts="states"`.
+            The model, which reads a text for `init_prompts="states"`, and whose token embeddings serve
+            `init_prompts="vocabulary"`.
         sites (`list[Site]`):
             The attention modules that get prompts.
         weights_follow (`bool`):
             Whether the prompts will be replaced by saved ones, so that no text needs to be read.
 
     Raises:
-        UnsupportedModelError: If the model cannot read a text by itself.
-        ValueError: If the model's token embeddings cannot initialise prompts of its language model, or if there is no
-            text of the right length.
+        UnsupportedModelError: If the model cannot read the text that the config gives.
+        ValueError: If the model's token embeddings cannot initialise prompts of its language model, or if the text has
+            more or fewer tokens than there are textual prompts.
 
     **Attributes**:
         - **scales** (`bool`) -- Whether prompts are trained in units of their rows.
@@ -52,7 +52,7 @@ class PromptInitialiser:
             self._collect_states(model, sites)
         if config.init_prompts == "vocabulary":
             self.embedding = model.get_input_embeddings()
-            self.token_ids = _ordinary_token_ids(model)
+            self.token_ids = ordinary_token_ids([model], self.embedding)
             for site in sites:
                 if site.kind == "textual" and site.width != self.embedding.embedding_dim:
                     raise ValueError(
@@ -91,23 +91,23 @@ class PromptInitialiser:
     def _collect_states(self, model: nn.Module, sites: list[Site]) -> None:
         textual = [site for site in sites if site.kind == "textual"]
         visual = [site for site in sites if site.kind == "visual"]
-        if textual and self.config.num_textual_tokens > 0:
-            self.states |= states_of_text(model, self.config, textual, init_token_ids(self.config, model))
+        token_ids = given_token_ids(self.config, model)
+        if textual:
+            try:
+                self.states |= states_of_text(model, self.config, textual, token_ids)
+            except UnsupportedModelError as error:
+                if token_ids is not None:
+                    raise UnsupportedModelError(
+                        f"init_prompts='states': {error.reason} Leave init_text and init_token_ids out, or choose "
+                        f"init_prompts='xavier_uniform'."
+                    ) from error
+                _warn_of_random("Textual", error)
         if visual:
             try:
-                self.states |= states_of_blank_image(model, self.config, visual, self.config.num_visual_tokens)
+                self.states |= states_of_images(model, self.config, visual, self.config.num_visual_tokens)
             except UnsupportedModelError as error:
-                warnings.warn(
-                    f"init_prompts='states': {error.reason} Visual prompts start at random, as with 'xavier_uniform'."
-                )
+                _warn_of_random("Visual", error)
 
 
-def _ordinary_token_ids(model: nn.Module) -> torch.Tensor:
-    """All ids of the vocabulary, without the special tokens that the model's configs name."""
-    special: set[int] = set()
-    for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
-        for name, value in config.to_dict().items() if config is not None else ():
-            if name.endswith(("_token_id", "_token_index")):
-                special.update(value if isinstance(value, list) else [value])
-    vocab_size = model.get_input_embeddings().num_embeddings
-    return torch.tensor([token_id for token_id in range(vocab_size) if token_id not in special])
+def _warn_of_random(kind: str, error: UnsupportedModelError) -> None:
+    warnings.warn(f"init_prompts='states': {error.reason} {kind} prompts start at random, as with 'xavier_uniform'.")

@@ -191,6 +191,9 @@ class M2PTModel(BaseTuner):
         weights = self._source.load_weights(renamed_weights(model))
         self._weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
         check_saved_modules(model, config, self._weights)
+        if config.num_interaction_tokens is None and any("m2pt_interaction" in name for name in self._weights):
+            # So was it meant before version 0.2, in both placements.
+            config.num_interaction_tokens = config.num_visual_tokens
 
     def _prepare_entrances(self, model: nn.Module, adapter_name: str) -> None:
         """Prepares each tower with prompts of an adapter, at its first layer."""

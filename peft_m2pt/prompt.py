@@ -8,18 +8,24 @@ import torch
 from torch import nn
 
 
+# How many times its length a row may turn by a learning rate of 1. At 1e-3, which suits tuned connectors, and LoRA, a
+# step of AdamW turns a row by 1.6% of its length: rates from 1% to 3% learn alike.
+TURN = 16
+
+
 class M2PTPrompt(nn.Module):
     """
     The prompt of one adapter in one layer.
 
     What a training step does to a prompt depends on how long its rows are, since a norm follows: a row of length
-    `|P|` turns by about `rate / |P|`. In a pretrained model, rows are thousands of times longer in one layer than in
-    another, and in late layers the first row dozens of times longer than its neighbours. So that one learning rate
-    fits all, a prompt can be trained in units of its own rows:
+    `|P|` turns by about `rate / |P|`. In a pretrained model, rows are hundreds of times longer in one layer than in
+    another. So that one learning rate fits all, a prompt can be trained in units of its own:
 
         P = scale * W
 
-    where `W`, of shape `[n, D]`, is trained, and `scale`, of shape `[n, 1]`, stays what it was at the start.
+    where `W`, of shape `[n, D]`, is trained, and `scale`, of shape `[n, 1]`, stays what it was at the start. Rows of
+    `W` start at a root mean square of about 1/16, so that a step of AdamW, which is as large as the learning rate,
+    turns a row by 16 times that part of its length.
 
     It is a module that is called, not a bare parameter, since sharded training gathers the parameters of a module when
     it is called.
@@ -32,7 +38,7 @@ class M2PTPrompt(nn.Module):
         dtype (`torch.dtype`, *optional*):
             The dtype of what is trained.
         has_scale (`bool`, defaults to `False`):
-            Whether each row has a unit of its own. Otherwise the prompt is what is trained.
+            Whether the rows are trained in a unit of their own, and not as they are.
     """
 
     def __init__(self, num_tokens: int, width: int, dtype: torch.dtype | None = None, has_scale: bool = False) -> None:
@@ -53,14 +59,14 @@ class M2PTPrompt(nn.Module):
     @torch.no_grad()
     def fill(self, rows: torch.Tensor) -> None:
         """
-        Lets the prompt be these rows, each of which becomes the unit that it is trained in.
+        Lets the prompt be these rows, which are then trained in a unit of their own.
 
         Args:
             rows (`torch.Tensor` of shape `(num_tokens, width)`):
                 The prompt.
         """
         if self.scale is not None:
-            self.scale.copy_(units_of(rows))
+            self.scale.fill_(TURN * unit_of(rows))
             rows = rows / self.scale.to(rows.device)
         self.weight.copy_(rows)
 
@@ -102,21 +108,24 @@ class M2PTPrompt(nn.Module):
             missing_keys.append(name)
 
 
-def units_of(rows: torch.Tensor) -> torch.Tensor:
+def unit_of(rows: torch.Tensor) -> torch.Tensor:
     """
-    The root mean square of each row, rounded to a power of two: to divide by that, and to multiply, loses nothing in
-    any precision.
+    The median of the root mean squares of rows, rounded to a power of two: to divide by that, and to multiply, loses
+    nothing in any precision.
+
+    The median, since the first token of a text, on which pretrained language models park their attention, can be
+    dozens of times longer than the others, and is best left nearly as it is: it has by far the largest gradients, and
+    what depends on it is how all other text is read.
 
     Args:
         rows (`torch.Tensor` of shape `(num_rows, width)`):
             The rows.
 
     Returns:
-        `torch.Tensor` of shape `(num_rows, 1)`, in float32.
+        `torch.Tensor` with one number, in float32. Rows of zeros have the unit 1.
     """
-    rms = rows.float().pow(2).mean(dim=-1, keepdim=True).sqrt()
-    # Rows of zeros have no length of their own.
-    rms = torch.where(rms > 0, rms, rms.max())
-    rms = torch.where(rms > 0, rms, 1.0)
-    mantissa, _ = torch.frexp(rms)  # 0.5 to 1
-    return rms / mantissa * torch.where(mantissa < 0.5**0.5, 0.5, 1.0)
+    rms = rows.float().pow(2).mean(dim=-1).sqrt()
+    unit = rms.median() if rms.median() > 0 else rms.max()
+    mantissa, exponent = torch.frexp(unit)  # 0.5 to 1
+    rounded = torch.where(mantissa < 0.5**0.5, exponent - 1, exponent)
+    return torch.where(unit > 0, torch.exp2(rounded.float()), 1.0)

@@ -19,17 +19,16 @@ from torch import nn
 from .anatomy import Site
 from .arguments import read_signature
 from .base import M2PTLayer
+from .blank import blank_arguments
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
+from .tokens import write_text
 from .towers import find_tower
 from .upstream import offloaded_to
 
 
-WAY_OUT = "Choose init_prompts='xavier_uniform' or 'vocabulary' for this model."
-
-
 def states_of_text(
-    model: nn.Module, config: M2PTConfig, sites: Sequence[Site], token_ids: Sequence[int]
+    model: nn.Module, config: M2PTConfig, sites: Sequence[Site], token_ids: Sequence[int] | None
 ) -> dict[str, torch.Tensor]:
     """
     Lets the language model read a text, from position 0 on and without prompts.
@@ -41,53 +40,57 @@ def states_of_text(
             May name the language model.
         sites (`Sequence[Site]`):
             Attention modules of the language model.
-        token_ids (`Sequence[int]`):
-            The text.
+        token_ids (`Sequence[int]`, *optional*):
+            The text. `None` for one that the model writes, of `config.num_textual_tokens` tokens.
 
     Returns:
         `dict[str, torch.Tensor]`: For the path of each site what stands in front of its norm, of shape `[n, D]`, for n
         tokens. Where a layer is called several times, that of the first call.
 
     Raises:
-        UnsupportedModelError: If the language model cannot read a text by itself.
+        UnsupportedModelError: If the language model cannot read a text by itself, or write one.
     """
     path, decoder = find_tower(model, "textual", config)
-    what = f"init_prompts='states': the language model '{path}' ({type(decoder).__name__})"
+    what = f"the language model '{path}' ({type(decoder).__name__})"
     configs = (getattr(decoder, "config", None), getattr(model, "config", None))
     if any(getattr(config, "is_encoder_decoder", False) for config in configs):
         raise UnsupportedModelError(
-            f"{what} belongs to an encoder and a decoder, for which a text in front of both means nothing. {WAY_OUT}"
+            f"{what} belongs to an encoder and a decoder, for which a text in front of both means nothing."
         )
     names = inspect.signature(type(decoder).forward).parameters
     if "input_ids" not in names:
-        raise UnsupportedModelError(f"{what} takes no input_ids, so it cannot read a text by itself. {WAY_OUT}")
+        raise UnsupportedModelError(f"{what} takes no input_ids, so it cannot read a text by itself.")
     arguments = {"use_cache": False} if "use_cache" in names else {}
-    input_ids = torch.tensor([list(token_ids)], device=_place_of(decoder)[0])
+    device = _place_of(decoder)[0]
+
+    def read(token_ids: Sequence[int]) -> Any:
+        return decoder(input_ids=torch.tensor([list(token_ids)], device=device), **arguments)
+
     try:
-        states = _observe(model, decoder, sites, lambda: decoder(input_ids=input_ids, **arguments))
+        with _at_rest(model, decoder):
+            if token_ids is None:
+                token_ids = write_text(model, decoder, read, config.num_textual_tokens)
+            states = _observe(sites, lambda: read(token_ids))
     except Exception as error:  # anything that may go wrong in somebody else's code
-        raise UnsupportedModelError(f"{what} cannot read a text by itself: {error} {WAY_OUT}") from error
+        raise UnsupportedModelError(f"{what} cannot read a text by itself: {error}") from error
     for site in sites:
         found = states.get(site.path)
         if found is None or tuple(found.shape) != (len(token_ids), site.width):
             shape = "none" if found is None else f"states of shape {list(found.shape)}"
             raise UnsupportedModelError(
-                f"{what} gave {shape} for a text of {len(token_ids)} tokens at '{site.path}', of width {site.width}. "
-                f"{WAY_OUT}"
+                f"{what} gave {shape} for a text of {len(token_ids)} tokens at '{site.path}', of width {site.width}."
             )
         if not found.isfinite().all():
-            raise UnsupportedModelError(
-                f"{what} has states that are not finite at '{site.path}', in {found.dtype}. Load the model in another "
-                f"precision, or choose init_prompts='xavier_uniform' or 'vocabulary'."
-            )
+            raise UnsupportedModelError(f"{what} has states that are not finite at '{site.path}', in {found.dtype}.")
     return states
 
 
-def states_of_blank_image(
+def states_of_images(
     model: nn.Module, config: M2PTConfig, sites: Sequence[Site], num_tokens: int
 ) -> dict[str, torch.Tensor]:
     """
-    Lets the vision encoder look at an image of zeros, which is the mean of all images.
+    Lets the vision encoder look at an image of zeros, which is the mean of all images, and where that has too few
+    tokens, at images of noise beside it.
 
     Args:
         model (`transformers.PreTrainedModel`):
@@ -104,23 +107,37 @@ def states_of_blank_image(
         those of the class token, if there is one, and of patches.
 
     Raises:
-        UnsupportedModelError: If it is not known how an image is given to the encoder, or if it has too few tokens.
+        UnsupportedModelError: If it is not known how an image is given to the encoder.
     """
     path, tower = find_tower(model, "visual", config)
     what = f"the vision encoder '{path}' ({type(tower).__name__})"
-    arguments = _blank_image(tower, num_tokens)
-    if arguments is None:
-        raise UnsupportedModelError(f"it is not known how an image is given to {what}.")
-    try:
-        states = _observe(model, tower, sites, lambda: tower(**arguments))
-    except Exception as error:  # anything that may go wrong in somebody else's code
-        raise UnsupportedModelError(f"{what} cannot be called with an image alone: {error}") from error
+
+    def look(num_images: int) -> dict[str, torch.Tensor]:
+        device, dtype = _place_of(tower)
+        error: Exception | None = None
+        for arguments in blank_arguments(tower, num_tokens, num_images):
+            arguments = {
+                name: value.to(device, dtype if value.is_floating_point() else None)
+                for name, value in arguments.items()
+            }
+            try:
+                with _at_rest(model, tower):
+                    return _observe(sites, lambda: tower(**arguments))  # noqa: B023
+            except Exception as reason:  # anything that may go wrong in somebody else's code
+                error = error or reason
+        why = "it is not known how an image is given to" if error is None else "an image alone is not enough for"
+        raise UnsupportedModelError(f"{why} {what}{'' if error is None else f': {error}'}.") from error
+
+    states = look(1)
+    fewest = min((len(states.get(site.path, ())) for site in sites), default=0)
+    if 0 < fewest < num_tokens:
+        states = look(math.ceil(num_tokens / fewest))
     for site in sites:
         found = states.get(site.path)
         if found is None or found.shape[-1] != site.width or len(found) < num_tokens:
             shape = "no states" if found is None else f"states of shape {list(found.shape)}"
             raise UnsupportedModelError(
-                f"{what} has {shape} of an image at '{site.path}', and {num_tokens} of width {site.width} are wanted."
+                f"{what} has {shape} of images at '{site.path}', and {num_tokens} of width {site.width} are wanted."
             )
         if not found.isfinite().all():
             raise UnsupportedModelError(f"{what} has states that are not finite at '{site.path}', in {found.dtype}.")
@@ -141,35 +158,8 @@ def _place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.get_default_dtype()
 
 
-def _blank_image(tower: nn.Module, num_tokens: int) -> dict[str, torch.Tensor] | None:
-    """The arguments with which an encoder is called for a blank image, `None` if they are not known."""
-    device, dtype = _place_of(tower)
-    names = list(inspect.signature(type(tower).forward).parameters)[1:]
-    config = getattr(tower, "config", None)
-    grid_name = next((name for name in names if name.endswith("grid_thw")), None)
-    if grid_name is not None:
-        # Patches come flattened, in a row for all images.
-        readers = [module for module in tower.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))]
-        readers += [module for module in tower.modules() if isinstance(module, nn.Linear)]
-        if not readers:
-            return None
-        merge = getattr(config, "spatial_merge_size", 1)
-        side = merge * max(2, math.ceil(math.sqrt(num_tokens) / merge))
-        patches = torch.zeros(side**2, readers[0].weight[0].numel(), device=device, dtype=dtype)
-        return {names[0]: patches, grid_name: torch.tensor([[1, side, side]], device=device)}
-    size = getattr(config, "image_size", None)
-    if names[:1] != ["pixel_values"] or size is None:
-        return None
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    num_channels = getattr(config, "num_channels", 3)
-    return {"pixel_values": torch.zeros(1, num_channels, height, width, device=device, dtype=dtype)}
-
-
-@torch.no_grad()
-def _observe(
-    model: nn.Module, tower: nn.Module, sites: Sequence[Site], run: Callable[[], Any]
-) -> dict[str, torch.Tensor]:
-    """Runs a tower, as it is without prompts, and returns what was in front of each site in its first call."""
+def _observe(sites: Sequence[Site], run: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """Runs a tower and returns what was in front of each site in its first call."""
     states: dict[str, torch.Tensor] = {}
 
     def observe(path: str, hidden_states: torch.Tensor) -> None:
@@ -178,7 +168,6 @@ def _observe(
             states[path] = hidden_states.detach().flatten(0, -2).clone()
 
     with ExitStack() as stack:
-        stack.enter_context(_at_rest(model, tower))
         for site in sites:
             handle = _watch(site, observe)
             stack.callback(handle.remove)
@@ -218,7 +207,7 @@ def _at_rest(model: nn.Module, tower: nn.Module) -> Iterator[None]:
             layer._disable_adapters = True
         # DeepSpeed keeps parts of weights, until its engine gathers them.
         partitioned = gather_params_ctx(list(tower.parameters()), modifier_rank=None)
-        with torch.random.fork_rng(devices=devices), partitioned:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), partitioned:
             yield
     finally:
         for module, was_training in training:

@@ -12,6 +12,7 @@ from peft_m2pt import M2PTConfig
 
 
 def prompts(**kwargs):
+    kwargs = {"init_prompts": "xavier_uniform", **kwargs}
     config = M2PTConfig(num_visual_tokens=40, num_textual_tokens=50, num_interaction_tokens=30, **kwargs)
     peft_model = get_peft_model(make_llava(), config)
     groups = {"visual": [], "textual": [], "interaction": []}
@@ -53,7 +54,7 @@ def test_vocabulary(monkeypatch):
     assert torch.stack(groups["visual"]).abs().max() <= bound
 
 
-@pytest.mark.parametrize("init_prompts", ["xavier_uniform", "normal", "vocabulary"])
+@pytest.mark.parametrize("init_prompts", ["states", "xavier_uniform", "normal", "vocabulary"])
 def test_models_without_data(init_prompts):
     peft_model = get_peft_model(make_llava().to("meta"), make_config(init_prompts=init_prompts))
     assert all(parameter.is_meta for parameter in trained_by(peft_model).values())

@@ -73,16 +73,17 @@ def with_connector(connector):
 
 
 class TestNumbers:
-    def test_as_many_as_visual_prompts(self):
-        config = M2PTConfig(num_visual_tokens=5)
+    @pytest.mark.parametrize("placement, number", [("layers", 0), ("image", 5)])
+    def test_as_many_as_visual_prompts_in_images(self, placement, number):
+        config = M2PTConfig(num_visual_tokens=5, interaction_placement=placement)
         peft_model = get_peft_model(make_llava(), config)
-        assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 5
+        assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == number
         # The config may serve for another model, in which it is another number.
         assert config.num_interaction_tokens is None
 
     @pytest.mark.parametrize("config", [{"num_visual_tokens": 0}, {"num_textual_tokens": 0}])
     def test_none_if_one_kind_of_prompts_is_off(self, config):
-        peft_model = get_peft_model(make_llava(), M2PTConfig(**config))
+        peft_model = get_peft_model(make_llava(), M2PTConfig(interaction_placement="image", **config))
         assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 0
         assert not [name for name in trained_by(peft_model) if "interaction" in name]
         assert [name for name in trained_by(peft_model) if "connector" in name]
@@ -109,7 +110,7 @@ class TestNumbers:
     def test_connectors_that_take_no_rows(self):
         message = r"'model.multi_modal_projector' \(Pool\): it does not make one image token of each row"
         with pytest.warns(UserWarning, match=message) as caught:
-            peft_model = get_peft_model(with_connector(Pool), M2PTConfig())
+            peft_model = get_peft_model(with_connector(Pool), M2PTConfig(interaction_placement="image"))
         assert len([warning for warning in caught if "Pool" in str(warning.message)]) == 1
         names = trained_by(peft_model)
         assert not [name for name in names if "interaction" in name]
@@ -118,7 +119,7 @@ class TestNumbers:
             get_peft_model(with_connector(Pool), M2PTConfig(num_interaction_tokens=3))
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*Pool.*")
-            get_peft_model(with_connector(Pool), M2PTConfig(num_interaction_tokens=0))
+            get_peft_model(with_connector(Pool), M2PTConfig())
 
     def test_no_connector(self):
         model = make_llava()
@@ -132,7 +133,7 @@ class TestNumbers:
             get_peft_model(model, M2PTConfig(num_interaction_tokens=3, connector="model.nowhere"))
         peft_model = get_peft_model(model, M2PTConfig(connector="model.bridge"))
         assert isinstance(model.model.bridge, M2PTConnector)
-        assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 20
+        assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 0
 
     def test_language_models_have_none(self, recwarn):
         model = LlamaForCausalLM(make_llava().config.text_config)

@@ -34,7 +34,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import peft_m2pt.init
 from peft_m2pt import M2PTConfig, UnsupportedModelError
 from peft_m2pt.inspection import inspect_model
-from peft_m2pt.prompt import M2PTPrompt, units_of
+from peft_m2pt.prompt import M2PTPrompt, unit_of
 
 
 TOKENS = [5, 60, 7]
@@ -72,7 +72,7 @@ def forbid(monkeypatch):
     def fail(*args):
         raise AssertionError("a saved adapter needs no states")
 
-    for name in ("states_of_text", "states_of_blank_image", "init_token_ids"):
+    for name in ("states_of_text", "states_of_images", "given_token_ids"):
         monkeypatch.setattr(peft_m2pt.init, name, fail)
 
 
@@ -162,6 +162,24 @@ class TestAnAdapterIsTheBaseModelBehindTheText:
         torch.testing.assert_close(logits[real], behind_text(make(), inputs)[real], atol=2e-5, rtol=0)
 
 
+# Path of the encoder, a norm in front of one of its attentions, and a blank image of at least nine tokens.
+BLANK = {
+    "qwen2_vl": ("model.visual", "blocks.1.norm1", (torch.zeros(16, 3 * 2 * 4 * 4), torch.tensor([[1, 4, 4]]))),
+    "qwen2_5_vl": ("model.visual", "blocks.1.norm1", (torch.zeros(16, 3 * 2 * 4 * 4), torch.tensor([[1, 4, 4]]))),
+    "kimi_k25": ("model.vision_tower", "layers.1.norm1", (torch.zeros(16, 3, 4, 4), torch.tensor([[1, 4, 4]]))),
+    "siglip2": (
+        "vision_model",
+        "encoder.layers.1.layer_norm1",
+        (torch.zeros(1, 16, 48), torch.ones(1, 16).long(), torch.tensor([[4, 4]])),
+    ),
+    "gemma4": (
+        "model.vision_tower",
+        "encoder.layers.1.input_layernorm",
+        (torch.zeros(1, 16, 48), torch.tensor([[[x, y] for y in range(4) for x in range(4)]])),
+    ),
+}
+
+
 class TestStates:
     @pytest.mark.parametrize("autocast", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -181,7 +199,7 @@ class TestStates:
             assert torch.equal(prompt().to(dtype), visual[i][0, :4])
         for name, prompt in prompts.items():
             rms = prompt.weight.float().pow(2).mean(1).sqrt()
-            assert 0.7 < rms.min() and rms.max() < 1.42, name
+            assert 0.7 < 16 * rms.median() < 1.42, name
             assert torch.equal(prompt.scale.log2(), prompt.scale.log2().round()), name
 
     def test_interaction_prompts_are_random_and_have_units(self):
@@ -191,49 +209,63 @@ class TestStates:
         bound = math.sqrt(6 / (31 * 32))
         assert 0.99 * bound < torch.stack(values).abs().max() <= bound
 
-    def test_units(self):
-        rows = torch.tensor([[3.0, -3.0], [0.0, 0.0], [1e-20, 1e-20], [6e4, 0.0]])
-        units = units_of(rows)
-        assert units[:, 0].log2().tolist() == [2, 15, -66, 15]
-        assert torch.equal(rows / units * units, rows)
-        assert units_of(torch.zeros(2, 3)).tolist() == [[1], [1]]
+    @pytest.mark.parametrize(
+        "rows, unit",
+        [
+            ([[3.0, -3.0]], 4),
+            ([[1.4, 1.4]], 1),
+            ([[1.0, 1.0], [1.5, 1.5], [5e4, 0.0]], 2),  # however long the longest is
+            ([[0.0, 0.0], [1.0, 1.0]], 1),
+            ([[1e-20, 1e-20]], 2**-66),
+            ([[0.0, 0.0]], 1),
+        ],
+        ids=str,
+    )
+    def test_units(self, rows, unit):
+        assert unit_of(torch.tensor(rows)).item() == unit
 
-    @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
-    def test_encoders_of_packed_patches(self, name):
+    @pytest.mark.parametrize("name", BLANK)
+    def test_encoders_of_other_layouts(self, name):
+        """What an image is to an encoder is told by the names of its arguments."""
         family = next(family for family in FAMILIES if family.name == name)
+        if not family.is_known:
+            pytest.skip("this version of transformers lacks the family")
         model = of_families.make_model(family, "sdpa")
+        path, norm, arguments = BLANK[name]
         seen = []
-        hook = model.model.visual.blocks[1].norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        model.model.visual(torch.zeros(16, 3 * 2 * 4 * 4), torch.tensor([[1, 4, 4]]))
+        hook = model.get_submodule(f"{path}.{norm}").register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        with torch.no_grad():
+            model.get_submodule(path)(*arguments)
         hook.remove()
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*init_prompts")
-            peft_model = get_peft_model(model, config(num_visual_tokens=9, num_interaction_tokens=0))
-        prompt = prompts_of(peft_model)["model.visual.blocks.1.attn.m2pt_prompt"]
-        assert torch.equal(prompt(), seen[0][:9])
+            peft_model = get_peft_model(
+                model, M2PTConfig(num_visual_tokens=9, num_textual_tokens=0, tune_connector=False)
+            )
+        layer = f"{path}.{norm.rpartition('.')[0]}."
+        (prompt,) = [prompt for name, prompt in prompts_of(peft_model).items() if name.startswith(layer)]
+        torch.testing.assert_close(prompt(), seen[0].flatten(0, -2)[:9])
 
-    @pytest.mark.parametrize("num_visual_tokens", [5, 6])
-    def test_images_with_too_few_tokens(self, num_visual_tokens):
-        kwargs = {"num_visual_tokens": num_visual_tokens, "num_interaction_tokens": 0}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            peft_model = get_peft_model(make_llava(), config(**kwargs))
-        messages = [str(warning.message) for warning in caught if "init_prompts" in str(warning.message)]
-        prompts = [prompt for name, prompt in prompts_of(peft_model).items() if "vision_tower" in name]
-        values = torch.stack([prompt() for prompt in prompts])
-        bound = math.sqrt(6 / (7 * 32))
-        assert all(prompt.scale is not None for prompt in prompts)
-        if num_visual_tokens == 5:
-            assert not messages and values.abs().max() > bound
-            return
-        assert "'model.vision_tower' (CLIPVisionModel) has states of shape [5, 32]" in messages[0]
-        assert "6 of width 32 are wanted. Visual prompts start at random" in messages[0]
-        assert 0.9 * bound < values.abs().max() <= bound
+    def test_images_with_too_few_tokens(self):
+        """A blank image has five tokens, and images of noise are beside it."""
+        rows = {}
+        for num_visual_tokens in (4, 5, 12):
+            peft_model = get_peft_model(make_llava(), config(num_visual_tokens=num_visual_tokens))
+            prompt = prompts_of(peft_model)["model.vision_tower.encoder.layers.1.self_attn.m2pt_prompt"]
+            rows[num_visual_tokens] = prompt()
+        assert torch.equal(rows[5][:4], rows[4])
+        torch.testing.assert_close(rows[12][:5], rows[5])
+        # No row is there twice.
+        assert torch.cdist(rows[12], rows[12]).fill_diagonal_(1).min() > 1e-2
 
     def test_encoders_for_which_no_image_is_known(self):
-        family = next(family for family in FAMILIES if family.name == "qwen2_audio")
+        family = next(family for family in FAMILIES if family.name == "unlimited_ocr")
         model = of_families.make_model(family, "sdpa")
-        with pytest.warns(UserWarning, match="vision encoder '(model.)?audio_tower'.* Visual prompts start at random"):
+        with pytest.warns(
+            UserWarning, match="vision encoder 'model.vision_tower.vision_encoder'.* Visual prompts start at random"
+        ):
             peft_model = get_peft_model(model, config(num_interaction_tokens=0))
         assert all(prompt().any() for prompt in prompts_of(peft_model).values())
 
@@ -307,17 +339,17 @@ class TestTraining:
         return get_peft_model(make_llava(), config())
 
     @pytest.mark.parametrize("width", [48, 192])
-    def test_a_step_turns_each_row_by_the_learning_rate(self, width, monkeypatch):
+    def test_a_step_turns_rows_by_16_times_the_learning_rate(self, width, monkeypatch):
         peft_model = self.make(monkeypatch, width)
         prompts = prompts_of(peft_model)
         before = {name: prompt().detach().clone() for name, prompt in prompts.items()}
         peft_model(**make_inputs()).loss.backward()
         assert all(prompt.weight.grad.norm(dim=1).min() > 0 for prompt in prompts.values())
-        torch.optim.Adam(trained_by(peft_model).values(), lr=1e-2, eps=1e-30).step()
+        torch.optim.Adam(trained_by(peft_model).values(), lr=1e-3, eps=1e-30).step()
         lengths = []
         for name, prompt in prompts.items():
-            step = (prompt() - before[name]).norm(dim=1) / before[name].norm(dim=1)
-            assert 0.7e-2 < step.min() and step.max() < 1.42e-2, name
+            step = (prompt() - before[name]).norm(dim=1) / before[name].norm(dim=1).median()
+            assert 0.7 * 1.6e-2 < step.min() and step.max() < 1.42 * 1.6e-2, name
             lengths.append(before[name].norm(dim=1))
         # Though some rows are far longer than others.
         assert torch.cat(lengths).max() > 10 * torch.cat(lengths).min()
@@ -531,10 +563,75 @@ def tokenizer(tmp_path_factory):
 
 
 UNREADABLE = {
-    "florence2": r"'model.language_model' \(BartModel\) belongs to an encoder and a decoder.*Choose init_pr",
-    "diffusion_gemma": r"\(DiffusionGemmaDecoderModel\) takes no input_ids.*Choose init_prompts='xavier_unif",
-    "idefics": r"'model' \(IdeficsModel\) cannot read a text by itself: Exactly 1 of pixel_values.*Choose in",
+    "florence2": r"'model.language_model' \(BartModel\) belongs to an encoder and a decoder.*Leave init_text",
+    "diffusion_gemma": r"\(DiffusionGemmaDecoderModel\) takes no input_ids.*Leave init_text",
+    "idefics": r"'model' \(IdeficsModel\) cannot read a text by itself: Exactly 1 of pixel_values.*Leave init_text",
 }
+
+
+class TestTheModelsOwnText:
+    """Without a text in the config."""
+
+    @torch.no_grad()
+    def written_by(self, model, num_tokens, beginning=1):
+        """Greedy search over ordinary tokens: no beginnings, ends, padding, or images."""
+        tokens = [beginning]
+        while len(tokens) < num_tokens:
+            scores = model(torch.tensor([tokens])).logits[0, -1]
+            scores[[0, 1, 2, 96]] = -torch.inf
+            tokens.append(scores.argmax().item())
+        return tokens
+
+    @pytest.mark.parametrize("num_textual_tokens", [1, 7])
+    def test_is_what_it_takes_for_likeliest(self, num_textual_tokens):
+        tokens = self.written_by(make_llava(), num_textual_tokens)
+        peft_model = get_peft_model(make_llava(), M2PTConfig(num_textual_tokens=num_textual_tokens))
+        states = tower_states(make_llava(), tokens)
+        for i in range(3):
+            prompt = prompts_of(peft_model)[f"model.language_model.layers.{i}.self_attn.m2pt_prompt"]
+            torch.testing.assert_close(prompt(), states[i])
+
+    def test_is_the_same_for_every_seed(self):
+        prompts = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            prompts.append(prompts_of(get_peft_model(make_llava(), M2PTConfig())))
+        assert all(torch.equal(prompt(), prompts[1][name]()) for name, prompt in prompts[0].items())
+
+    def test_without_a_token_to_begin_with(self, monkeypatch):
+        """What ends texts is a boundary too."""
+        without = lambda **kwargs: LlamaConfig(**{**kwargs, "bos_token_id": None, "eos_token_id": [2, 7]})  # noqa: E731
+        monkeypatch.setitem(TEXT, "llama", without)
+        model = make_llava()
+        model.generation_config.bos_token_id = None
+        peft_model = get_peft_model(model, only_text(init_token_ids=None))
+        prompt = prompts_of(peft_model)["model.language_model.layers.0.self_attn.m2pt_prompt"]
+        torch.testing.assert_close(prompt()[0], model.get_input_embeddings().weight[2])
+
+    def test_without_an_output(self):
+        """The likeliest token is the one whose embedding the last state points at."""
+        body = make_llava().model
+        embeddings = body.get_input_embeddings().weight
+        state = body.language_model(torch.tensor([[1]])).last_hidden_state[0, -1]
+        scores = embeddings @ state
+        scores[[0, 1, 2, 96]] = -torch.inf
+        prompt = prompts_of(get_peft_model(body, only_text(init_token_ids=None)))[
+            "language_model.layers.0.self_attn.m2pt_prompt"
+        ]
+        torch.testing.assert_close(prompt()[1], embeddings[scores.argmax()])
+
+    @pytest.mark.parametrize(
+        "family", [f for f in FAMILIES if f.is_known and f.name in UNREADABLE], ids=lambda f: f.name
+    )
+    def test_models_that_cannot_write(self, family):
+        """Their prompts start at random, and are told from those of others."""
+        reason = UNREADABLE[family.name].removesuffix(".*Leave init_text")
+        model = of_families.make_model(family, "sdpa")
+        with pytest.warns(UserWarning, match=f"{reason}.*Textual prompts start at random, as with 'xavier_uniform'"):
+            peft_model = get_peft_model(model, only_text(init_token_ids=None))
+        for prompt in prompts_of(peft_model).values():
+            bound = math.sqrt(6 / (4 * prompt.width))
+            assert 0 < prompt().abs().max() <= bound and prompt.scale is not None
 
 
 class TestText:
@@ -567,10 +664,6 @@ class TestText:
             ({"init_text": "w60 w7 w8"}, r"init_text='w60 w7 w8' has 4 tokens, .* or choose a text of 3 tokens"),
             ({"init_text": "w60 w98"}, "init_text='w60 w98': token 98 has no embedding in the model, which has 97"),
             ({"init_token_ids": [5, 6, 97]}, "init_token_ids: token 97 has no embedding in the model, which has 97"),
-            (
-                {"init_token_ids": None},
-                r"Give one of 3 tokens with init_text='...', or its tokens with init_token_ids",
-            ),
         ],
     )
     def test_texts_that_do_not_fit(self, tokenizer, kwargs, message):

@@ -104,6 +104,7 @@ def make_config(family: Family) -> M2PTConfig:
         num_textual_tokens=0 if "textual" in family.refused else 3,
         num_interaction_tokens=2 if isinstance(family.connector, int) else 0,
         tune_connector=family.has_connector,
+        init_prompts="xavier_uniform",
     )
 
 
