@@ -55,8 +55,14 @@ def base_model() -> Method:
 
 
 def m2pt(num_visual_tokens: int, num_textual_tokens: int) -> Method:
-    """M2PT as it is by default: with interaction prompts in the layers and a tuned connector."""
-    config = M2PTConfig(num_visual_tokens=num_visual_tokens, num_textual_tokens=num_textual_tokens)
+    """M2PT with all that it has: interaction prompts in the layers and a tuned connector."""
+    config = M2PTConfig(
+        num_visual_tokens=num_visual_tokens,
+        num_textual_tokens=num_textual_tokens,
+        num_interaction_tokens=num_visual_tokens,
+        tune_connector=True,
+        init_prompts="xavier_uniform",
+    )
     return Method(f"M2PT {num_visual_tokens, num_textual_tokens}", lambda model: get_peft_model(model, config))
 
 
@@ -67,6 +73,7 @@ def prompts_only(num_visual_tokens: int, num_textual_tokens: int) -> Method:
         num_textual_tokens=num_textual_tokens,
         num_interaction_tokens=0,
         tune_connector=False,
+        init_prompts="xavier_uniform",
     )
     name = f"M2PT {num_visual_tokens, num_textual_tokens}, prompts only"
     return Method(name, lambda model: get_peft_model(model, config))
