@@ -77,23 +77,23 @@ def build_processor(texts: Iterable[str]) -> LlavaProcessor:
     )
 
 
-def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """Builds the model that fits the processor, with random weights."""
+def build_model(processor: LlavaProcessor, width: int) -> LlavaForConditionalGeneration:
+    """Builds the model that fits the processor, with random weights and towers of one width."""
     tokenizer = processor.tokenizer
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(
                 image_size=digits.IMAGE_SIZE,
                 patch_size=PATCH_SIZE,
-                hidden_size=128,
-                intermediate_size=256,
+                hidden_size=width,
+                intermediate_size=2 * width,
                 num_hidden_layers=5,
                 num_attention_heads=4,
             ),
             text_config=LlamaConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=256,
+                hidden_size=width,
+                intermediate_size=2 * width,
                 num_hidden_layers=3,
                 num_attention_heads=4,
                 max_position_embeddings=256,
@@ -145,6 +145,7 @@ class Recipe:
     num_images: int = 16_000
     vision_steps: int = 500
     steps: int = 400
+    width: int = 128
 
 
 def pretrain(recipe: Recipe, seed: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -153,7 +154,7 @@ def pretrain(recipe: Recipe, seed: int) -> tuple[LlavaForConditionalGeneration, 
     images = digits.font_digits(recipe.num_images, seed)
     questions = digits.ask(images, list(digits.INSTRUCTIONS))
     processor = build_processor(digits.texts())
-    model = build_model(processor)
+    model = build_model(processor, recipe.width)
 
     # From scratch, a language model first learns to ignore image tokens that mean nothing yet, and stays there for
     # long. So the vision tower learns to see digits before the model as a whole learns to talk about them.
