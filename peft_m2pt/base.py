@@ -54,6 +54,24 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
     return None
 
 
+def device_of(module: nn.Module) -> torch.device | None:
+    """
+    The device on which a module computes first: that of its first tensor or, where its weights are offloaded, the one
+    to which they are fetched.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+
+    Returns:
+        `torch.device`, or `None` if it has no tensors.
+    """
+    for holder in module.modules():
+        for tensor in own_tensors(holder):
+            return offloaded_to(holder) or tensor.device
+    return None
+
+
 class M2PTLayer(nn.Module, BaseTunerLayer):
     """
     A wrapper around a module of the base model, in whose place it stands.
@@ -120,15 +138,17 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
         weights = [getattr(self, layer_name) for layer_name in self.adapter_layer_names]
         return [name for name in names if any(name in modules for modules in weights)]
 
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        # The modules that are wrapped here have no `weight` of their own. New weights get their dtype when they are
-        # made: PEFT asks for it here also after loading, and would cast away what half precision cannot hold.
-        for module in base_layer.modules():
-            for tensor in own_tensors(module):
-                return offloaded_to(module) or tensor.device, None
-        return None, None
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # New weights get their dtype when they are made: PEFT's version would set it here, also after loading, and
+        # would cast away what half precision cannot hold.
+        for layer_name in self.adapter_layer_names:
+            modules = getattr(self, layer_name)
+            if adapter_name in modules and not any(weight.is_meta for weight in modules[adapter_name].parameters()):
+                modules[adapter_name].to(device or self._device_for(layer_name))
+
+    def _device_for(self, layer_name: str) -> torch.device | None:
+        """Where the weights of one of `adapter_layer_names` are used first."""
+        return device_of(self.get_base_layer())
 
     def _new_prompt(self, num_tokens: int, width: int, has_scale: bool) -> M2PTPrompt:
         """Makes a prompt in the dtype of the base layer."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .anatomy import Connector
-from .base import M2PTLayer, dtype_of
+from .base import M2PTLayer, device_of, dtype_of
 from .graft import copied_parts, graft, low_rank_parts
 from .init import PromptInitialiser
 from .prompt import M2PTPrompt
@@ -131,6 +131,12 @@ class M2PTConnector(M2PTLayer):
             return "unit of the interaction prompt" if name == "scale" else "interaction prompt"
         return f"connector weight '{layer_name.removeprefix('m2pt_connector_')}.{name}'"
 
+    def train(self, mode: bool = True) -> M2PTConnector:
+        super().train(mode)
+        for tuned in self._tuned.values():
+            tuned.connector.train(mode)
+        return self
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._tuned.pop(adapter_name, None)
@@ -212,23 +218,26 @@ class M2PTConnector(M2PTLayer):
                 f"tune_connector=False."
             )
         if not names:
-            return self.base_layer(**arguments)
+            return self.base_layer(**_bring(arguments, device_of(self.base_layer)))
         tuned = self._tuned[names[0]]
+        # accelerate brings what the frozen connector is given to its device, but not what is given to another one.
+        device = device_of(tuned.connector)
         if not tuned.is_copy:
-            return tuned.connector(**arguments)
+            return tuned.connector(**_bring(arguments, device))
         # The copy may be kept in a higher precision than the model.
         dtype = arguments[self.site.argument_names[0]].dtype
-        return _cast(tuned.connector(**_cast(arguments, dtype_of(tuned.connector))), dtype)
+        output = tuned.connector(**_bring(arguments, device, dtype_of(tuned.connector)))
+        return _bring(output, None, dtype)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Casts the floating-point tensors in what a connector takes or gives."""
+def _bring(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
+    """Brings the tensors in what a connector takes or gives to a device, and floating-point numbers to a type."""
     if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
-        return type(value)(**{name: _cast(item, dtype) for name, item in value.items()})
+        return type(value)(**{name: _bring(item, device, dtype) for name, item in value.items()})
     if isinstance(value, (list, tuple)):
-        return type(value)(_cast(item, dtype) for item in value)
+        return type(value)(_bring(item, device, dtype) for item in value)
     return value
 
 
@@ -261,4 +270,4 @@ def project(site: Connector, rows: torch.Tensor, adapter_name: str) -> torch.Ten
     dtype = dtype_of(own) or rows.dtype
     if isinstance(module, M2PTConnector):
         return module.project(rows.to(dtype), adapter_name)
-    return module(site.grouped(rows.to(dtype))).flatten(0, -2)
+    return module(site.grouped(rows.to(device_of(module), dtype))).flatten(0, -2)

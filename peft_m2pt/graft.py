@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
+
+from .base import device_of
 
 
 def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
@@ -168,7 +171,8 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     children = dict(module.named_children())
     if path in parts and not children:
         return parts[path]
-    if not any(part == path or part.startswith(f"{path}." if path else "") for part in parts):
+    has_parts = any(part == path or part.startswith(f"{path}." if path else "") for part in parts)
+    if not has_parts and any(True for _ in (*module.parameters(), *module.buffers())):
         return module
     grafted = _bare_copy(module)
     grafted._modules = {
@@ -199,8 +203,18 @@ class LowRankLinear(nn.Module):
         self.down = down
         self.up = up
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = self.linear(x)
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        output = self.linear(*args, **kwargs)
+        (x,) = (*args, *kwargs.values())
         # Contiguous, since torch otherwise multiplies in another order if the matrices need gradients.
-        update = self.up(self.down(x.to(self.down.weight.dtype).contiguous()))
-        return output + update.to(output.dtype)
+        x = x.to(device_of(self.down), self.down.weight.dtype).contiguous()
+        return output + self.up(self.down(x)).to(output)
+
+    def __getattr__(self, name: str) -> Any:
+        # Connectors read widths of their linear layers.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "linear" or name.startswith("_"):
+                raise
+            return getattr(self.linear, name)

@@ -13,7 +13,7 @@ from torch import nn
 from .anatomy import Connector, Site
 from .arguments import Role, check_call, read_signature
 from .attention import attend_to_rows, extend_attention_function, record_rows
-from .base import M2PTLayer
+from .base import M2PTLayer, device_of
 from .connector import project
 from .init import PromptInitialiser
 from .positions import prompt_arguments
@@ -151,9 +151,7 @@ class M2PTAttention(M2PTLayer):
             self._forget_rows()
             return [self._record(adapters, arguments) for adapters in groups]
         tokens = arguments[self.signature.input_name]
-        device_type = tokens.device.type
-        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        key = (tokens.dtype, tokens.device, autocast, *groups)
+        key = (tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type), *groups)
         kept = self._kept
         if kept is not None and tokens.shape[-2] == 1 and kept.hold_for(cache, key):
             return kept.rows
@@ -189,21 +187,26 @@ class M2PTAttention(M2PTLayer):
     def _record(self, adapters: Sequence[str], arguments: dict[str, Any], call: int = 0) -> Rows:
         """Lets the base layer compute key and value of the prompts, in a batch of 1."""
         tokens = arguments[self.signature.input_name]
-        prompts = [self._prompt(name, tokens.dtype) for name in adapters]
+        prompts = [self._prompt(name, tokens) for name in adapters]
         hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
         lengths = [len(prompt) for prompt in prompts] if self.site.kind == "textual" else None
         arguments = prompt_arguments(self.signature, arguments, hidden_states, lengths, self.site.rotary)
         return record_rows(self.base_layer, self.site.path, arguments, len(hidden_states), call)
 
-    def _prompt(self, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The prompt rows of an adapter: [P ; f_in(V)], where f_in is the connector."""
+    def _prompt(self, adapter_name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """The prompt rows of an adapter beside tokens: [P ; f_in(V)], where f_in is the connector."""
         rows = []
         if adapter_name in self.m2pt_prompt:
-            rows.append(self.m2pt_prompt[adapter_name]().to(dtype))
+            rows.append(self.m2pt_prompt[adapter_name]().to(tokens))
         if adapter_name in self.m2pt_interaction:
             interaction = self.m2pt_interaction[adapter_name]()
-            rows.append(project(self.site.connector, interaction, adapter_name).to(dtype))
+            rows.append(project(self.site.connector, interaction, adapter_name).to(tokens))
         return torch.cat(rows)
+
+    def _device_for(self, layer_name: str) -> torch.device | None:
+        # Interaction prompts go through the connector first, which may be on another device than the layer.
+        is_interaction = layer_name == "m2pt_interaction" and self.site.connector is not None
+        return device_of(self.site.connector.module) if is_interaction else super()._device_for(layer_name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -246,6 +249,12 @@ class _KeptRows:
             elif pointer is not None and now.data_ptr() != pointer:
                 return False
         return True
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    # Devices without data know of no autocast.
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_on else None
 
 
 def _version(weight: torch.Tensor) -> int | None:

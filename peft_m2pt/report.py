@@ -141,8 +141,8 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> str:
-    gradients = [parameter.grad.float().norm() for parameter in parameters if parameter.grad is not None]
-    return f"{torch.stack(gradients).norm().item():.3g}" if gradients else "-"
+    norms = [parameter.grad.float().norm() for parameter in parameters if parameter.grad is not None]
+    return f"{torch.stack([norm.to(norms[0].device) for norm in norms]).norm().item():.3g}" if norms else "-"
 
 
 def _format(table: list[tuple[str, ...]]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import transformers
 import transformers.integrations.peft
-from accelerate.utils import has_offloaded_params
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
@@ -101,8 +101,12 @@ def needed_peft() -> str | None:
 
 def offloaded_to(module: nn.Module) -> torch.device | None:
     """The device on which accelerate runs a module whose weights are offloaded, `None` if they are not."""
-    # accelerate keeps what it was given: a number, a name, ...
-    return torch.device(module._hf_hook.execution_device) if has_offloaded_params(module) else None
+    hook = getattr(module, "_hf_hook", None)
+    for hook in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(hook, AlignDevicesHook) and hook.offload:
+            # accelerate keeps what it was given: a number, a name, ...
+            return torch.device(hook.execution_device)
+    return None
 
 
 def weights_come_from_first_process() -> bool:

@@ -103,9 +103,35 @@ class TestNumbers:
         assert all(parameter.grad.abs().max() > 0 for parameter in trained_by(peft_model).values())
         # The rows of a layer are what the connector makes of its prompt, four rows at a time.
         connector = connector_of(peft_model)
-        rows = peft_model.get_base_model().model.language_model.layers[0].self_attn._prompt("default", torch.float32)
+        rows = peft_model.get_base_model().model.language_model.layers[0].self_attn._prompt("default", torch.empty(0))
         linear = connector.m2pt_connector_linear["default"]
         torch.testing.assert_close(rows[3:], linear(prompt.weight.reshape(NUM_INTERACTION, 4 * 32)))
+
+    @pytest.mark.parametrize("kind", ["a linear layer", "reads widths"])
+    def test_low_rank_updates_of_any_linear_layer(self, kind):
+        class ReadsWidths(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(32, 48)
+
+            def forward(self, image_features):
+                return self.linear(image_features.reshape(-1, self.linear.in_features)).view(
+                    *image_features.shape[:-1], self.linear.out_features
+                )
+
+        model = with_connector((lambda: nn.Linear(32, 48)) if kind == "a linear layer" else ReadsWidths)
+        peft_model = adapt(model, connector_rank=2)
+        inputs = make_inputs()
+        with torch.no_grad():
+            (down,) = (weight for name, weight in trained_by(peft_model).items() if "lora_A" in name)
+            (up,) = (weight for name, weight in trained_by(peft_model).items() if "lora_B" in name)
+            low_rank = peft_model(**inputs).logits
+            connector = connector_of(peft_model).base_layer
+            linear = connector if isinstance(connector, nn.Linear) else connector.linear
+            # The same update, in the weights of the frozen connector.
+            linear.weight += up @ down
+            up.zero_()
+            torch.testing.assert_close(low_rank, peft_model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
     def test_connectors_that_take_no_rows(self):
         message = r"'model.multi_modal_projector' \(Pool\): it does not make one image token of each row"

@@ -8,7 +8,7 @@ import inspect
 import peft
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 from models import adapt, make_llava
 from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -110,7 +110,6 @@ OVERRIDDEN = {
     },
     BaseTunerLayer: {
         "_get_available_adapters": [],
-        "_get_base_layer_device_and_dtype": ["base_layer"],
         "_move_adapter_to_device_of_base_layer": ["adapter_name"],
         "delete_adapter": ["adapter_name"],
     },
@@ -150,3 +149,7 @@ def test_offloaded_weights():
     assert upstream.offloaded_to(model[0]) is None
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert upstream.offloaded_to(model[0]) == torch.device("cpu"), "accelerate's hooks keep their device elsewhere"
+    model = dispatch_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), {"": "cpu"}, force_hooks=True)
+    assert upstream.offloaded_to(model[0]) is None
+    cpu_offload(model, execution_device="cpu")
+    assert upstream.offloaded_to(model[0]) == torch.device("cpu"), "accelerate puts hooks together in another way"
