@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from .errors import UnsupportedModelError
 from .positions import Rotary, find_rotary
 from .towers import FIELDS, TOWERS, Kind, find_tower
 from .upstream import recorded_attention_classes
+from .wrappers import own_module
 
 
 # Arguments with which a layer hands another sequence to an attention module, which is cross-attention then.
@@ -345,7 +345,7 @@ def _find_input(model: nn.Module, path: str, way_out: str) -> tuple[nn.Module, t
         if any(OTHER_SEQUENCES & call.arguments for call in calls):
             return None
         flow = _common_flow(calls)
-        if flow is None or not all(_is_norm(getattr(parent, module)) for module in flow.modules):
+        if flow is None or not all(_is_norm(own_module(getattr(parent, module))) for module in flow.modules):
             raise UnsupportedModelError(
                 f"What the attention '{attention_path}' reads is not clear from the code of {type(parent).__name__}: "
                 f"it is neither the layer's input nor the output of a norm. {way_out}"
@@ -380,8 +380,7 @@ def _attention_modules(tower: nn.Module, tower_path: str) -> Iterator[tuple[str,
     recorded = recorded_attention_classes(tower)
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
+        module = own_module(module)
         if not isinstance(module, PreTrainedModel) and find_attention_call(type(module)):
             yield path, module
         elif isinstance(module, recorded):

@@ -16,11 +16,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .reading import CodeReader, code_of, parameter_names
 from .upstream import new_names
+from .wrappers import own_module
 
 
 # What leaves a token's vector as it is.
@@ -201,7 +201,7 @@ class _FlowReader(CodeReader):
         self, name: str, call: ast.Call, positional: list[Flow | None], keywords: list[Flow | None]
     ) -> Flow | None:
         child = getattr(self.module, name)
-        own = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        own = own_module(child)
         parameters = list(inspect.signature(type(own).forward).parameters)[1:]
         renamed = new_names(type(own).forward)
         words = [renamed.get(word.arg, word.arg) for word in call.keywords]

@@ -6,7 +6,6 @@ import inspect
 import warnings
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .anatomy import Connector, tower_width
@@ -15,6 +14,7 @@ from .config import M2PTConfig
 from .errors import UnsupportedModelError
 from .graft import shape_of
 from .towers import has_tower
+from .wrappers import own_module
 
 
 # The connector, by the last part of its module path.
@@ -71,8 +71,7 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
     num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
     widths = [num_layers * tower_width(model, "visual", config), *_widths_of_linears(module)]
     text_width = tower_width(model, "textual", config)
-    own = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    argument_names = tuple(inspect.signature(type(own).forward).parameters)[1:]
+    argument_names = tuple(inspect.signature(type(own_module(module)).forward).parameters)[1:]
     for width in dict.fromkeys(widths):
         if rows_per_token := _rows_per_token(module, width, text_width):
             return Connector(path, parent, name, width, rows_per_token, argument_names)

@@ -38,6 +38,7 @@ from .stacking import (
     WRAPPER_PREFIX,
     check_name,
     check_name_is_free,
+    keeping_trained_modules,
     refuse_later_adapters,
     with_prefix,
     without_wrappers,
@@ -89,6 +90,10 @@ class M2PTModel(BaseTuner):
     def own_configs(self) -> dict[str, M2PTConfig]:
         """The configs of the M2PT adapters. The model may have adapters of other methods too."""
         return {name: config for name, config in self.peft_config.items() if isinstance(config, M2PTConfig)}
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        with keeping_trained_modules(self.model, self.own_configs):
+            super().set_adapter(adapter_name, inference_mode)
 
     def describe(self) -> str:
         """
@@ -216,7 +221,7 @@ class M2PTModel(BaseTuner):
                 layer.hooks += count_from_first_token(model, layer)
                 layer.hooks += refuse_mixed_sequences(layer)
                 layer.hooks += refuse_continuous_batching(model)
-            layer.hooks += refuse_later_adapters(model, self.peft_config)
+            layer.hooks += refuse_later_adapters(model, layer, self.peft_config)
         if has_tower(model, "textual", config):
             self._prepare_for_processes(model, config, first_layers)
 
@@ -391,7 +396,7 @@ class M2PTModel(BaseTuner):
                 "model.eval(), or train the adapters one after the other."
             )
         for path, module in self.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
+            if isinstance(module, ModulesToSaveWrapper) and self.own_configs.keys() & module.modules_to_save.keys():
                 raise ValueError(
                     f"adapter_names={list(adapter_names)}: '{path}' was trained with an adapter (modules_to_save) and "
                     f"cannot be another for each sample. Run the samples of each adapter apart."

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .base import M2PTLayer
 from .config import M2PTConfig
 from .samples import BASE
+from .wrappers import training_wrappers
 
 
 WRAPPER_PREFIX = "base_model.model."
@@ -83,13 +87,17 @@ class RefuseLaterAdapters:
     a forward pre-hook for the model.
 
     Args:
+        layer ([`~peft_m2pt.base.M2PTLayer`]):
+            A layer with prompts.
         configs (`dict[str, PeftConfig]`):
             The adapters of the model, to which PEFT adds those that come later.
     """
 
-    def __init__(self, configs: dict[str, PeftConfig]) -> None:
+    def __init__(self, layer: M2PTLayer, configs: dict[str, PeftConfig]) -> None:
+        self.layer = layer
         self.configs = configs
         self.checked = dict(configs)
+        self.wrappers: list[AuxiliaryTrainingWrapper] = []
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         self.checked = {name: config for name, config in self.checked.items() if name in self.configs}
@@ -99,6 +107,16 @@ class RefuseLaterAdapters:
             if not isinstance(config, M2PTConfig):
                 self._check(model, name, config)
             self.checked[name] = config
+            self.wrappers = list(training_wrappers(model))
+        for wrapper in self.wrappers:
+            if not wrapper.active_adapters:
+                self._bring_back(wrapper)
+
+    def _bring_back(self, wrapper: AuxiliaryTrainingWrapper) -> None:
+        """Uses what an active M2PT adapter has trained, which PEFT leaves aside when it sets an adapter on top."""
+        for name in self.layer.active_adapters:
+            if name in wrapper._get_available_adapters():
+                wrapper.set_adapter(name, inference_mode=self.configs[name].inference_mode)
 
     def _check(self, model: nn.Module, name: str, config: PeftConfig) -> None:
         if isinstance(self.checked.get(name), M2PTConfig):
@@ -117,8 +135,36 @@ class RefuseLaterAdapters:
                     )
 
 
-def refuse_later_adapters(model: nn.Module, configs: dict[str, PeftConfig]) -> list[RemovableHandle]:
+@contextmanager
+def keeping_trained_modules(model: nn.Module, own_names: Container[str]) -> Iterator[None]:
+    """
+    Keeps in use what active adapters of other methods have trained (`modules_to_save`), while adapters of M2PT are
+    set. PEFT would leave it aside, as if it belonged to an M2PT adapter that was set before.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        own_names (`Container[str]`):
+            Names of the M2PT adapters.
+    """
+    kept = [
+        (wrapper, name, any(weight.requires_grad for weight in _trained_by(wrapper, name)))
+        for wrapper in training_wrappers(model)
+        for name in wrapper.active_adapters
+        if name in wrapper._get_available_adapters() and name not in own_names
+    ]
+    yield
+    for wrapper, name, is_trained in kept:
+        if not wrapper.active_adapters:
+            wrapper.set_adapter(name, inference_mode=not is_trained)
+
+
+def _trained_by(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> list[nn.Parameter]:
+    return [weight for path, weight in wrapper.named_parameters() if adapter_name in path.split(".")]
+
+
+def refuse_later_adapters(model: nn.Module, layer: M2PTLayer, configs: dict[str, PeftConfig]) -> list[RemovableHandle]:
     """Hangs a [`RefuseLaterAdapters`] on a model, unless there is one."""
     if any(isinstance(hook, RefuseLaterAdapters) for hook in model._forward_pre_hooks.values()):
         return []
-    return [model.register_forward_pre_hook(RefuseLaterAdapters(configs))]
+    return [model.register_forward_pre_hook(RefuseLaterAdapters(layer, configs))]

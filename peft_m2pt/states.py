@@ -25,6 +25,7 @@ from .errors import UnsupportedModelError
 from .tokens import write_text
 from .towers import find_tower
 from .upstream import offloaded_to
+from .wrappers import training_wrappers
 
 
 def states_of_text(
@@ -197,6 +198,9 @@ def _at_rest(model: nn.Module, tower: nn.Module) -> Iterator[None]:
     """A tower without dropout and without the prompts that the model has already. Nothing of this is left behind."""
     training = [(module, module.training) for module in tower.modules()]
     layers = [module for module in model.modules() if isinstance(module, M2PTLayer)]
+    names = {name for layer in layers for name in layer._get_available_adapters()}
+    # What M2PT adapters have trained belongs to their prompts; what others have trained, to the model below.
+    layers += [wrapper for wrapper in training_wrappers(model) if names.issuperset(wrapper.active_adapters)]
     disabled = [layer._disable_adapters for layer in layers]
     device = _place_of(tower)[0]
     devices = [device] if device.type == "cuda" else []

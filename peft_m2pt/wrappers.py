@@ -1,0 +1,42 @@
+"""Looks through what PEFT puts around the modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+
+def own_module(module: nn.Module) -> nn.Module:
+    """
+    The model's own module below adapters. Where an adapter has trained a module as a whole (`modules_to_save`), it is
+    the one that is in use.
+
+    Args:
+        module (`nn.Module`):
+            A module of the model, or what has taken its place.
+    """
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = trained_module(module) or module.original_module
+        else:
+            return module
+
+
+def trained_module(wrapper: AuxiliaryTrainingWrapper) -> nn.Module | None:
+    """The module that an active adapter has trained in the place of another one, if there is such a module."""
+    if not isinstance(wrapper, ModulesToSaveWrapper) or wrapper.disable_adapters:
+        return None
+    names = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return wrapper.modules_to_save[names[0]] if names else None
+
+
+def training_wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
+    """Yields what stands in the places of modules that adapters have trained beside their own weights."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield module
