@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from .anatomy import Connector
 from .base import M2PTLayer, device_of, dtype_of
-from .graft import copied_parts, graft, low_rank_parts
+from .graft import copied_parts, graft, low_rank_parts, own_modules
 from .init import PromptInitialiser
 from .prompt import M2PTPrompt
 from .samples import sample_adapters
@@ -74,11 +75,13 @@ class M2PTConnector(M2PTLayer):
             connector = self.base_layer
             parts = copied_parts(connector) if rank is None else low_rank_parts(connector, rank)
             for path, part in parts.items():
-                layer_name = "_".join(["m2pt_connector", *path.split(".")]).removesuffix("_")
+                layer_name = _layer_name(path)
                 if layer_name not in self.adapter_layer_names:
                     self.adapter_layer_names = (*self.adapter_layer_names, layer_name)
                     setattr(self, layer_name, nn.ModuleDict())
                 getattr(self, layer_name)[adapter_name] = part
+            if rank is None and not any(tuned.is_copy for tuned in self._tuned.values()):
+                self._watch_loads()
             self._tuned[adapter_name] = _Tuned(graft(connector, parts), is_copy=rank is None)
         if num_interaction_tokens > 0:
             self.m2pt_interaction[adapter_name] = self._new_prompt(
@@ -150,11 +153,33 @@ class M2PTConnector(M2PTLayer):
             model (`nn.Module`):
                 The model.
         """
-        if not self.hooks:
-            self.hooks = [
+        if self._note_image_tokens not in model._forward_pre_hooks.values():
+            self.hooks += [
                 model.register_forward_pre_hook(self._note_image_tokens, with_kwargs=True),
                 model.register_forward_hook(_forget_image_tokens, always_call=True),
             ]
+
+    def _watch_loads(self) -> None:
+        for path, part in own_modules(self.base_layer):
+            if _layer_name(path) in self.adapter_layer_names:
+                hook = partial(self._take_over, getattr(self, _layer_name(path)))
+                self.hooks.append(part.register_load_state_dict_pre_hook(hook))
+
+    @torch.no_grad()
+    def _take_over(
+        self, copies: nn.ModuleDict, part: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
+        """Lets weights that are loaded into a part of the connector count for the copy of the active adapter."""
+        changed = {
+            name: state_dict[f"{prefix}{name}"]
+            for name, weight in (*part._parameters.items(), *part._buffers.items())
+            if weight is not None and _differs(state_dict.get(f"{prefix}{name}"), weight)
+        }
+        for adapter_name in self.active_adapters:
+            if adapter_name in copies:
+                weights = {**copies[adapter_name]._parameters, **copies[adapter_name]._buffers}
+                for name, weight in changed.items():
+                    weights[name].copy_(weight)
 
     def _note_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -217,17 +242,16 @@ class M2PTConnector(M2PTLayer):
                 f"of them can be active at a time. Activate one with set_adapter(...), or train with "
                 f"tune_connector=False."
             )
-        if not names:
-            return self.base_layer(**_bring(arguments, device_of(self.base_layer)))
-        tuned = self._tuned[names[0]]
         # accelerate brings what the frozen connector is given to its device, but not what is given to another one.
-        device = device_of(tuned.connector)
+        arguments = _bring(arguments, device_of(self.base_layer))
+        if not names:
+            return self.base_layer(**arguments)
+        tuned = self._tuned[names[0]]
         if not tuned.is_copy:
-            return tuned.connector(**_bring(arguments, device))
+            return tuned.connector(**arguments)
         # The copy may be kept in a higher precision than the model.
         dtype = arguments[self.site.argument_names[0]].dtype
-        output = tuned.connector(**_bring(arguments, device, dtype_of(tuned.connector)))
-        return _bring(output, None, dtype)
+        return _bring(tuned.connector(**_bring(arguments, None, dtype_of(tuned.connector))), None, dtype)
 
 
 def _bring(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
@@ -239,6 +263,19 @@ def _bring(value: Any, device: torch.device | None, dtype: torch.dtype | None = 
     if isinstance(value, (list, tuple)):
         return type(value)(_bring(item, device, dtype) for item in value)
     return value
+
+
+def _layer_name(path: str) -> str:
+    """The attribute of the connector that holds what adapters train of a part of it."""
+    return "_".join(["m2pt_connector", *path.split(".")]).removesuffix("_")
+
+
+def _differs(loaded: torch.Tensor | None, weight: torch.Tensor) -> bool:
+    """Whether a load changes a weight that is here, and whole."""
+    is_plain = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
+    if loaded is None or not is_plain or loaded.is_meta or loaded.shape != weight.shape:
+        return False
+    return not torch.equal(loaded.to(weight), weight)
 
 
 def _forget_image_tokens(*args: Any) -> None:

@@ -16,9 +16,12 @@ import torch
 from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .base import device_of
+from .upstream import FetchingFor
+from .wrappers import own_module
 
 
 def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
@@ -41,6 +44,7 @@ def copied_parts(module: nn.Module) -> dict[str, nn.Module]:
             part = _bare_copy(child)
             part._modules = {}
             parts[path] = part = copy.deepcopy(part)
+            call_hooks_of(child, part)
         for name, parameter in list(part._parameters.items()):
             # PEFT watches this call, to put new parameters on the meta device (low_cpu_mem_usage).
             part.register_parameter(name, parameter)
@@ -78,7 +82,7 @@ def _shape_of_tensor(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yields path and module of all modules inside of one, as if no adapters of other methods were there."""
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    module = own_module(module)
     yield path, module
     for name, child in module.named_children():
         yield from own_modules(child, f"{path}.{name}" if path else name)
@@ -111,13 +115,66 @@ def _is_plain(weight: torch.Tensor | None) -> bool:
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """A copy that shares all but what accelerate has put around the `forward` of a module, which would call that."""
+    """
+    A copy that shares all but hooks, and what accelerate has put around the `forward` of a module, which would call
+    that.
+    """
     twin = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
         twin.__dict__.pop(name, None)
-    # Hooks that the module gets later, as from DeepSpeed, are about that module.
-    twin.__dict__.update({name: copy.copy(hooks) for name, hooks in vars(twin).items() if "_hooks" in name})
+    twin.__dict__.update({name: type(hooks)() for name, hooks in vars(twin).items() if "_hooks" in name})
     return twin
+
+
+class HooksOf:
+    """
+    Calls the hooks of a module around the call of another one that stands in for it.
+
+    Users know the parts of a connector, and register hooks on these. They are called as hooks of that part, whenever
+    they were registered, and until they are removed there.
+
+    Args:
+        module (`nn.Module`):
+            The module whose hooks are called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def before(self, stand_in: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook for the other module."""
+        for key, hook in list(self.module._forward_pre_hooks.items()):
+            if key in self.module._forward_pre_hooks_with_kwargs:
+                result = hook(self.module, args, kwargs)
+                args, kwargs = (args, kwargs) if result is None else result
+            else:
+                result = hook(self.module, args)
+                result = args if result is None else result
+                args = result if isinstance(result, tuple) else (result,)
+        return args, kwargs
+
+    def behind(self, stand_in: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A forward hook for the other module."""
+        for key, hook in list(self.module._forward_hooks.items()):
+            has_kwargs = key in self.module._forward_hooks_with_kwargs
+            result = hook(self.module, args, kwargs, output) if has_kwargs else hook(self.module, args, output)
+            output = output if result is None else result
+        return output
+
+
+def call_hooks_of(module: nn.Module, stand_in: nn.Module) -> None:
+    """
+    Lets the hooks of a module be called with another one that stands in for it.
+
+    Args:
+        module (`nn.Module`):
+            The module that hooks are registered on.
+        stand_in (`nn.Module`):
+            The module that is called.
+    """
+    hooks = HooksOf(module)
+    stand_in.register_forward_pre_hook(hooks.before, with_kwargs=True)
+    stand_in.register_forward_hook(hooks.behind, with_kwargs=True)
 
 
 def low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
@@ -163,10 +220,14 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     """
     if f"{path}.lora_A" in parts:
         return LowRankLinear(module, parts[f"{path}.lora_A"], parts[f"{path}.lora_B"])
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        # The parts are those of the module in use.
+        return graft(own_module(module), parts, path)
     if isinstance(module, BaseTunerLayer):
         # Another adapter, whose update stays on top.
         grafted = _bare_copy(module)
         grafted._modules = {**module._modules, "base_layer": graft(module.base_layer, parts, path)}
+        call_hooks_of(module, grafted)
         return grafted
     children = dict(module.named_children())
     if path in parts and not children:
@@ -175,12 +236,16 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     if not has_parts and any(True for _ in (*module.parameters(), *module.buffers())):
         return module
     grafted = _bare_copy(module)
+    call_hooks_of(module, grafted)
     grafted._modules = {
         name: graft(child, parts, f"{path}.{name}" if path else name) for name, child in children.items()
     }
     if path in parts:
         # The same dictionary, so that parameters which are replaced later are seen.
         grafted._parameters, grafted._buffers = parts[path]._parameters, parts[path]._buffers
+        fetching = FetchingFor(parts[path])
+        grafted.register_forward_pre_hook(fetching.before)
+        grafted.register_forward_hook(fetching.behind)
     return grafted
 
 
@@ -202,9 +267,11 @@ class LowRankLinear(nn.Module):
         self.linear = linear
         self.down = down
         self.up = up
+        call_hooks_of(linear, self)
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        output = self.linear(*args, **kwargs)
+        # Its hooks are called with the update.
+        output = self.linear.forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
         # Contiguous, since torch otherwise multiplies in another order if the matrices need gradients.
         x = x.to(device_of(self.down), self.down.weight.dtype).contiguous()

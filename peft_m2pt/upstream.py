@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -107,6 +108,29 @@ def offloaded_to(module: nn.Module) -> torch.device | None:
             # accelerate keeps what it was given: a number, a name, ...
             return torch.device(hook.execution_device)
     return None
+
+
+class FetchingFor:
+    """
+    Lets accelerate fetch the offloaded weights of a module around the call of another one that computes with them.
+
+    Args:
+        module (`nn.Module`):
+            The module that holds the weights, and is not called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def before(self, caller: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook for the other module."""
+        if hasattr(self.module, "_hf_hook"):
+            self.module._hf_hook.pre_forward(self.module)
+
+    def behind(self, caller: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook for the other module."""
+        if hasattr(self.module, "_hf_hook"):
+            self.module._hf_hook.post_forward(self.module, None)
 
 
 def weights_come_from_first_process() -> bool:

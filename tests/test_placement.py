@@ -8,6 +8,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from models import adapt, make_config, make_inputs, make_llava, trained_by, without_labels
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from peft_m2pt import UnsupportedModelError
@@ -145,6 +146,30 @@ def test_offloading_a_model_that_is_adapted(tmp_path, offload, kwargs):
     assert torch.equal(peft_model(**inputs).logits, expected)
     with peft_model.disable_adapter():
         assert torch.equal(peft_model(**make_inputs()).logits, make_llava()(**make_inputs()).logits)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloading_a_connector_with_weights_of_its_own(tmp_path, offload):
+    """Gemma 3 has a matrix beside the modules in its connector."""
+
+    class Projector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(32, 48))
+            self.norm = nn.LayerNorm(32)
+
+        def forward(self, image_features):
+            return self.norm(image_features) @ self.matrix
+
+    torch.manual_seed(0)
+    model = make_llava()
+    model.model.multi_modal_projector = Projector()
+    peft_model = adapt(model)
+    expected = peft_model(**make_inputs()).logits
+    offload(peft_model, *([tmp_path] if offload is disk_offload else []), execution_device="cpu")
+    for _ in range(2):
+        assert torch.equal(peft_model(**make_inputs()).logits, expected)
+        assert all(parameter.is_meta for parameter in trained_by(peft_model).values())
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
