@@ -28,6 +28,7 @@ aten = torch.ops.aten
 # They may be given tensors of several devices.
 BETWEEN_DEVICES = {
     aten.copy_.default,
+    aten.fill_.Tensor,
     aten.index.Tensor,
     aten.index_put.default,
     aten.index_put_.default,
