@@ -310,7 +310,9 @@ def extend_attention_function(module: nn.Module, path: str) -> None:
         interface[implementation] = extended
 
 
-def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_rows: int, call: int = 0) -> Rows:
+def record_rows(
+    module: nn.Module, path: str, arguments: dict[str, Any], shape: tuple[int, int], call: int = 0
+) -> Rows:
     """
     Runs an attention module on prompt rows and takes the key and value that reach its attention function.
 
@@ -321,8 +323,8 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
             Its module path, for error messages.
         arguments (`dict[str, Any]`):
             Keyword arguments for its `forward`.
-        num_rows (`int`):
-            Number of prompt rows among them.
+        shape (`tuple[int, int]`):
+            In how many batches there are prompt rows among them, and how many in each.
         call (`int`, defaults to 0):
             Which call of the attention function, for modules that call it several times.
 
@@ -347,10 +349,10 @@ def record_rows(module: nn.Module, path: str, arguments: dict[str, Any], num_row
             f"{reason}, so that M2PT does not know what prompts are there. Leave it out with "
             f"exclude_modules=['{path}']."
         )
-    if recorder.rows.key.shape[0] != 1 or recorder.rows.key.shape[2] != num_rows:
+    if (recorder.rows.key.shape[0], recorder.rows.key.shape[2]) != shape:
         raise UnsupportedModelError(
             f"The attention '{path}' ({type(module).__name__}) made keys of shape {tuple(recorder.rows.key.shape)} of "
-            f"{num_rows} prompt rows, where (1, num_heads, {num_rows}, head_dim) was expected. Leave it out with "
+            f"{shape[1]} prompt rows, where ({shape[0]}, num_heads, {shape[1]}, head_dim) was expected. Leave it out with "
             f"exclude_modules=['{path}']."
         )
     return recorder.rows

@@ -124,8 +124,8 @@ def widen_mask(
             Number of prompt rows.
         key_length (`int`):
             Number of keys behind the prompt rows.
-        visible (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
-            Which rows each sample sees. `None` if it sees all.
+        visible (`torch.Tensor` of shape `(batch_size, 1 or query_length, num_rows)`, *optional*):
+            Which rows each query sees. `None` if it sees all.
 
     Returns:
         `torch.Tensor` of shape `(..., query_length, num_rows + key_length)`.
@@ -138,6 +138,6 @@ def widen_mask(
     columns = new(*attention_mask.shape[:-1], num_rows)
     if visible is not None:
         hidden = False if is_boolean else torch.finfo(attention_mask.dtype).min
-        columns = torch.where(visible[:, None, None], columns, hidden)
+        columns = torch.where(visible[:, None], columns, hidden)
         attention_mask = attention_mask.expand(*columns.shape[:-1], -1)
     return torch.cat([columns, attention_mask], dim=-1)

@@ -47,7 +47,7 @@ def attend_flash(
     """
     packing: dict[str, Any] = {}
     if attention_mask is None:
-        packing = _find_packed(query, kwargs)
+        packing = find_packed(len(query), query.shape[2], kwargs)
         # Positions have nothing more to tell, and would not fit to keys with rows in front.
         kwargs = {**kwargs, **dict.fromkeys(PACKING), **packing, "position_ids": None}
     else:
@@ -65,15 +65,22 @@ def attend_flash(
     if attention_mask is None and rows.visible is not None:
         attention_mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.long)
     if attention_mask is not None:
-        visible = attention_mask.new_ones(len(attention_mask), len(rows)) if rows.visible is None else rows.visible
+        visible = attention_mask.new_ones(len(attention_mask), len(rows))
+        visible = visible if rows.visible is None else rows.visible[:, 0]
         attention_mask = torch.cat([visible.to(attention_mask.dtype), attention_mask], dim=1)
     key, value = rows.put_in_front(key, value)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-def _find_packed(query: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+def find_packed(batch_size: int, num_tokens: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     Finds sequences that are packed into one, as transformers does: by arguments, or by positions that start anew.
+
+    Args:
+        batch_size (`int`), num_tokens (`int`):
+            How many rows there are, and how many tokens in each.
+        kwargs (`dict[str, Any]`):
+            What attention is told.
 
     Returns:
         `dict[str, Any]`: The arguments that tell it: boundaries of queries and of keys, and the greatest lengths.
@@ -83,12 +90,12 @@ def _find_packed(query: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     if all(value is not None for value in packing.values()):
         return packing
     position_ids = kwargs.get("position_ids")
-    if position_ids is None or position_ids.dim() != 2 or len(query) > 1 or query.shape[2] == 1:
+    if position_ids is None or position_ids.dim() != 2 or batch_size > 1 or num_tokens == 1:
         return {}
     starts = (position_ids[0] == position_ids.min()).nonzero().flatten()
     if len(starts) == 1:
         return {}
-    boundaries = nn.functional.pad(starts, (0, 1), value=query.shape[2]).to(torch.int32)
+    boundaries = nn.functional.pad(starts, (0, 1), value=num_tokens).to(torch.int32)
     max_length = int(boundaries.diff().max())
     return dict(zip(PACKING, (boundaries, boundaries, max_length, max_length)))
 

@@ -40,8 +40,8 @@ def widen_block_mask(
             The mask of the tokens.
         num_rows (`int`):
             Number of prompt rows.
-        visible (`torch.Tensor` of shape `(batch_size, num_rows)`, *optional*):
-            Which rows each sample sees. `None` if it sees all.
+        visible (`torch.Tensor` of shape `(batch_size, 1 or num_tokens, num_rows)`, *optional*):
+            Which rows each token sees. `None` if it sees all.
 
     Returns:
         `tuple[BlockMask, int]`: The mask of rows, padding and tokens, and the number of rows and padding together.
@@ -50,10 +50,15 @@ def widen_block_mask(
     num_blocks = -(-num_rows // block_size)
     start = num_blocks * block_size
     if visible is not None:
-        visible = pad_rows(visible[..., None], start)[..., 0]
+        visible = nn.functional.pad(visible, (0, start - num_rows))
+        last_query = visible.shape[1] - 1
 
     def mask_mod(batch, head, query, key):
-        sees_row = key < num_rows if visible is None else visible[batch, key.clamp(max=start - 1)]
+        sees_row = (
+            key < num_rows
+            if visible is None
+            else visible[batch, query.clamp(max=last_query), key.clamp(max=start - 1)]
+        )
         sees_token = block_mask.mask_mod(batch, head, query, (key - start).clamp(min=0))
         return torch.where(key < start, sees_row, sees_token)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from .base import M2PTLayer, device_of
 from .connector import project
 from .init import PromptInitialiser
 from .positions import prompt_arguments
-from .rows import Rows
+from .rows import Rows, arrange
 from .samples import SampleAdapters, sample_adapters
+from .starts import Starts, find_starts
 
 
 class M2PTAttention(M2PTLayer):
@@ -94,17 +96,10 @@ class M2PTAttention(M2PTLayer):
         extend_attention_function(base_layer, self.site.path)
         arguments = self.signature.bind(args, kwargs)
         check_call(self.signature, arguments, base_layer, self.site.path)
-        samples = sample_adapters()
-
-        def rows_of_call(call: int) -> Rows | list[Rows | None]:
-            if samples is None:
-                return self._rows([tuple(adapters)], arguments, call)[0]
-            return self._rows_of_samples(samples, adapters, arguments, call)
-
         # Images that stand in one row share their rows, whether they are attended to one by one or not.
         is_packed = self.signature.find(Role.BOUNDARIES, arguments) is not None
-        record = None if is_packed else rows_of_call
-        return attend_to_rows(base_layer, self.site.path, rows_of_call(0), record, args, kwargs)
+        record = None if is_packed else partial(self._rows, adapters, arguments)
+        return attend_to_rows(base_layer, self.site.path, self._rows(adapters, arguments, 0), record, args, kwargs)
 
     @property
     def is_active(self) -> bool:
@@ -117,51 +112,65 @@ class M2PTAttention(M2PTLayer):
         samples = sample_adapters()
         return self._adapters(self.active_adapters if samples is None else list(dict.fromkeys(samples.names)))
 
-    def _rows_of_samples(
-        self, samples: SampleAdapters, adapters: list[str], arguments: dict[str, Any], call: int
-    ) -> Rows | list[Rows | None]:
-        """The rows of each sample's own adapter: as a batch, or one after the other where images are packed."""
-        rows = dict(zip(adapters, self._rows([(name,) for name in adapters], arguments, call)))
-        boundaries = self.signature.find(Role.BOUNDARIES, arguments)
-        num_parts = len(arguments[self.signature.input_name]) if boundaries is None else len(boundaries) - 1
-        if self.site.kind == "textual":
-            names = samples.of_tokens(num_parts)
-        else:
-            names = samples.of_images(num_parts, self.site.path)
-        of_parts = [rows.get(name) for name in names]
-        return Rows.of_batch(of_parts) if boundaries is None else of_parts
-
     def describe_weight(self, layer_name: str, name: str) -> str:
         kind = "interaction" if layer_name == "m2pt_interaction" else self.site.kind
         what = "unit of the " if name == "scale" else ""
         return f"{what}{kind} prompt of layer {self.site.layer}"
 
-    def _rows(self, groups: Sequence[tuple[str, ...]], arguments: dict[str, Any], call: int) -> list[Rows]:
+    def _rows(self, adapters: list[str], arguments: dict[str, Any], call: int) -> Rows | list[Rows | None] | None:
         """
-        Returns key and value of the prompts of groups of adapters, in one of the calls of the attention function.
+        Returns key and value of prompts in one of the calls of the attention function: for all samples, as a batch, or
+        one after the other where several sequences or images are packed.
 
         While tokens are decoded one at a time, those of the step before serve again. The first call with a cache
         computes them anew, as does one with many tokens, where it costs little.
         """
-        if call > 0:
-            # Rare, and not worth a place to keep them.
-            return [self._record(adapters, arguments, call) for adapters in groups]
+        samples = sample_adapters()
         cache = None if torch.is_grad_enabled() else self.signature.find(Role.CACHE, arguments)
-        if cache is None:
-            self._forget_rows()
-            return [self._record(adapters, arguments) for adapters in groups]
+        if call > 0 or cache is None:
+            # Later calls of the function are rare, and not worth a place to keep their rows.
+            if call == 0:
+                self._forget_rows()
+            return self._record_all(adapters, samples, arguments, self._starts(arguments), call)
         tokens = arguments[self.signature.input_name]
-        key = (tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type), *groups)
+        batch = None if samples is None else (samples, len(tokens))
+        key = (tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type), batch, *adapters)
         kept = self._kept
-        if kept is not None and tokens.shape[-2] == 1 and kept.hold_for(cache, key):
+        can_be_kept = kept is not None and tokens.shape[-2] == 1 and kept.hold_for(cache, key)
+        if can_be_kept and (kept.starts is None or kept.starts.count == 1 or torch.compiler.is_compiling()):
             return kept.rows
-        rows = [self._record(adapters, arguments) for adapters in groups]
-        if torch.compiler.is_compiling():
+        starts = self._starts(arguments)
+        if can_be_kept and kept.starts is starts:
+            return kept.rows
+        rows = self._record_all(adapters, samples, arguments, starts, call)
+        if torch.compiler.is_compiling() or (starts is not None and starts.of_tokens is not None):
             self._forget_rows()
         else:
-            sources = self._sources([name for adapters in groups for name in adapters])
-            self._kept = _KeptRows(rows, cache, key, sources)
+            self._kept = _KeptRows(rows, starts, cache, key, self._sources(adapters))
         return rows
+
+    def _starts(self, arguments: dict[str, Any]) -> Starts | None:
+        """The tokens that prompts stand in front of. `None` for those without a position."""
+        if self.site.kind == "visual":
+            return None
+        return find_starts(self.base_layer, self.site.path, self.signature, arguments)
+
+    def _record_all(
+        self,
+        adapters: list[str],
+        samples: SampleAdapters | None,
+        arguments: dict[str, Any],
+        starts: Starts | None,
+        call: int,
+    ) -> Rows | list[Rows | None] | None:
+        if samples is None:
+            return arrange({None: self._record(adapters, arguments, starts, call)}, None, starts, is_packed=False)
+        boundaries = self.signature.find(Role.BOUNDARIES, arguments)
+        num_parts = len(arguments[self.signature.input_name]) if boundaries is None else len(boundaries) - 1
+        is_textual = self.site.kind == "textual"
+        names = samples.of_tokens(num_parts) if is_textual else samples.of_images(num_parts, self.site.path)
+        rows = {name: self._record([name], arguments, starts, call) for name in adapters}
+        return arrange(rows, names, starts, is_packed=boundaries is not None)
 
     def _forget_rows(self) -> None:
         if self._kept is not None:
@@ -184,14 +193,15 @@ class M2PTAttention(M2PTLayer):
         self._forget_rows()
         super().delete_adapter(adapter_name)
 
-    def _record(self, adapters: Sequence[str], arguments: dict[str, Any], call: int = 0) -> Rows:
-        """Lets the base layer compute key and value of the prompts, in a batch of 1."""
+    def _record(self, adapters: Sequence[str], arguments: dict[str, Any], starts: Starts | None, call: int) -> Rows:
+        """Lets the base layer compute key and value of the prompts of some adapters, for each start."""
         tokens = arguments[self.signature.input_name]
         prompts = [self._prompt(name, tokens) for name in adapters]
         hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
-        lengths = [len(prompt) for prompt in prompts] if self.site.kind == "textual" else None
-        arguments = prompt_arguments(self.signature, arguments, hidden_states, lengths, self.site.rotary)
-        return record_rows(self.base_layer, self.site.path, arguments, len(hidden_states), call)
+        lengths = tuple(len(prompt) for prompt in prompts) if self.site.kind == "textual" else None
+        arguments = prompt_arguments(self.signature, arguments, hidden_states, lengths, self.site.rotary, starts)
+        shape = (1 if starts is None else starts.count, len(hidden_states))
+        return record_rows(self.base_layer, self.site.path, arguments, shape, call)
 
     def _prompt(self, adapter_name: str, tokens: torch.Tensor) -> torch.Tensor:
         """The prompt rows of an adapter beside tokens: [P ; f_in(V)], where f_in is the connector."""
@@ -215,8 +225,16 @@ class M2PTAttention(M2PTLayer):
 class _KeptRows:
     """Rows for one cache, which stay right as long as none of the weights changes that they were computed from."""
 
-    def __init__(self, rows: list[Rows], cache: Any, key: tuple[Any, ...], sources: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        rows: Rows | list[Rows | None] | None,
+        starts: Starts | None,
+        cache: Any,
+        key: tuple[Any, ...],
+        sources: Sequence[nn.Module],
+    ) -> None:
         self.rows = rows
+        self.starts = starts
         self.cache = weakref.ref(cache)
         self.key = key
         self.weights = [

@@ -21,7 +21,7 @@ from .card import own_card
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .continuous_batching import refuse_continuous_batching
-from .entrances import count_from_first_token, let_gradients_in
+from .entrances import let_gradients_in
 from .errors import UnsupportedModelError
 from .graft import quantised_linears
 from .init import PromptInitialiser
@@ -218,7 +218,6 @@ class M2PTModel(BaseTuner):
             if kind == "visual":
                 layer.hooks += refuse_boundaries_of_text(tower, layer)
             else:
-                layer.hooks += count_from_first_token(model, layer)
                 layer.hooks += refuse_mixed_sequences(layer)
                 layer.hooks += refuse_continuous_batching(model)
             layer.hooks += refuse_later_adapters(model, layer, self.peft_config)

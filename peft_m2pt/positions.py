@@ -1,8 +1,10 @@
 """
 Where prompts stand: the arguments with which an attention module computes their keys.
 
-Textual prompts stand right in front of the first token, at -n ... -1. Visual prompts have no place in the image, so
-they are not rotated.
+Textual prompts stand right in front of the first token: n of them at p - n ... p - 1, where p is its position. Where it
+is, and which token it is, differs between samples, and is only known from what the attention module is given of the
+tokens, mostly their rotations. The rotation of position p - k is that of p and then that of -k, which is the same in
+all samples. Visual prompts have no place in the image, so they are not rotated.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from .arguments import Role, Signature
+from .starts import Starts
 
 
 # Towers with several rotary modules: the attribute that names a layer's, and what its values stand for.
@@ -96,24 +99,33 @@ def _rotary(module: nn.Module, attention: nn.Module, layer: int) -> Rotary:
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The prompt rows whose keys and values are computed, and the tokens in whose place they stand."""
+    """
+    The prompt rows whose keys and values are computed, the tokens in whose place they stand, and where they stand: in
+    front of which tokens, and how far (-1: right in front).
+    """
 
     hidden_states: torch.Tensor
     num_rows: int
     num_tokens: int
-    position_ids: torch.Tensor | None
+    distances: torch.Tensor | None
     rotary: Rotary | None
+    starts: Starts | None
+
+    @property
+    def num_batches(self) -> int:
+        return 1 if self.starts is None else self.starts.count
 
 
 def prompt_arguments(
     signature: Signature,
     arguments: dict[str, Any],
     prompts: torch.Tensor,
-    lengths: list[int] | None,
+    lengths: tuple[int, ...] | None,
     rotary: Rotary | None,
+    starts: Starts | None,
 ) -> dict[str, Any]:
     """
-    The arguments with which an attention module computes keys and values of prompts, in a batch of 1.
+    The arguments with which an attention module computes keys and values of prompts, in a batch for each start.
 
     Args:
         signature ([`~peft_m2pt.arguments.Signature`]):
@@ -122,57 +134,82 @@ def prompt_arguments(
             Its arguments for the tokens.
         prompts (`torch.Tensor` of shape `(num_rows, width)`):
             What takes the place of its input.
-        lengths (`list[int]`, *optional*):
+        lengths (`tuple[int, ...]`, *optional*):
             How many of the rows belong to each adapter. Each adapter's stand in front of the first token on their own.
             `None` for prompts without a position.
         rotary ([`Rotary`], *optional*):
             The rotary embedding, if there is one outside of the attention module.
+        starts ([`~peft_m2pt.starts.Starts`], *optional*):
+            The tokens that they stand in front of. `None` if nothing tells the module of positions.
 
     Returns:
         `dict[str, Any]`
     """
     tokens = arguments[signature.input_name]
-    hidden_states = prompts.reshape(*[1] * (tokens.dim() - 2), *prompts.shape)
-    position_ids = None
+    distances = None
     if lengths is not None:
-        position_ids = torch.cat([torch.arange(-length, 0, device=tokens.device) for length in lengths])[None]
-    of_prompts = _Prompts(hidden_states, len(prompts), tokens.shape[-2], position_ids, rotary)
+        distances = torch.cat([torch.arange(-length, 0, device=tokens.device) for length in lengths])[None]
+    of_prompts = _Prompts(prompts, len(prompts), tokens.shape[-2], distances, rotary, starts)
 
     result = {argument.name: None for argument in signature.arguments if argument.is_required}
+    hidden_states = prompts.reshape(*[1] * (tokens.dim() - 2), *prompts.shape)
+    if starts is not None:
+        hidden_states = hidden_states.expand(starts.count, -1, -1)
     result[signature.input_name] = hidden_states
     for name, value in arguments.items():
-        setter = SETTERS.get(signature.roles.get(name))
-        if setter is not None and value is not None and not isinstance(value, BlockMask):
-            result[name] = setter(value, of_prompts)
+        role = signature.roles.get(name)
+        if starts is not None and name in starts.places:
+            key = (name, lengths, rotary)
+            if key not in starts.made:
+                starts.made[key] = MOVERS[role](starts.places[name], of_prompts)
+            result[name] = starts.made[key]
+        elif role in SETTERS and value is not None and not isinstance(value, BlockMask):
+            result[name] = SETTERS[role](value, of_prompts)
     return result
 
 
 def _see_all(mask: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
     # Some modules (DeepSeek's indexer) read it even if there is nothing to hide, to select keys by themselves.
-    shape = (1, prompts.num_rows) if mask.dim() == 2 else (1, 1, prompts.num_rows, prompts.num_rows)
+    shape = (prompts.num_batches, *([] if mask.dim() == 2 else [1, prompts.num_rows]), prompts.num_rows)
     # `new_full` with a truth value is nothing that `torch.jit.trace` can write down.
     return mask.new_ones(shape) if mask.dim() == 2 or mask.dtype == torch.bool else mask.new_zeros(shape)
 
 
 def _select_all(indices: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
     rows = torch.arange(prompts.num_rows, device=indices.device)
-    return rows.expand(*[1] * (indices.dim() - 2), prompts.num_rows, -1)
+    return rows.expand(prompts.num_batches, *[1] * (indices.dim() - 3), prompts.num_rows, -1)
 
 
 def _stand_in_front(position_ids: torch.Tensor, prompts: _Prompts) -> torch.Tensor:
-    if prompts.position_ids is None:
+    if prompts.distances is None:
         return _for_rows(position_ids, prompts, 0)
-    return prompts.position_ids.expand(*position_ids.shape[:-2], 1, -1)
+    return prompts.distances.expand(*position_ids.shape[:-2], prompts.num_batches, -1)
 
 
 def _rotate(rotations: Any, prompts: _Prompts) -> Any:
-    if prompts.position_ids is not None:
-        return prompts.rotary(prompts.hidden_states, prompts.position_ids)
     if isinstance(rotations, (tuple, list)):
         cos, sin = rotations
         return _for_rows(cos, prompts, 1), _for_rows(sin, prompts, 0)
     # A complex number of length 1, or an angle.
     return _for_rows(rotations, prompts, 1 if rotations.is_complex() else 0)
+
+
+def _rotate_on(places: Any, prompts: _Prompts) -> Any:
+    """The rotations of positions right in front of others, of which the rotations are given."""
+    # Position 0 first: what is no rotation there is a factor of all.
+    distances = torch.nn.functional.pad(prompts.distances, (1, 0))
+    rotations = prompts.rotary(prompts.hidden_states[None], distances)
+    if not isinstance(places, (tuple, list)):
+        if not places.is_complex():
+            return places + rotations[..., 1:, :]
+        return places / rotations[..., :1, :] * rotations[..., 1:, :]
+    cos, sin = (part.float() for part in rotations)
+    factor, cos, sin = cos[..., :1, :], cos[..., 1:, :], sin[..., 1:, :]
+    cos_of_start, sin_of_start = (part.float() / factor for part in places)
+    return (
+        (cos_of_start * cos - sin_of_start * sin).to(places[0].dtype),
+        (sin_of_start * cos + cos_of_start * sin).to(places[1].dtype),
+    )
 
 
 def _for_rows(of_tokens: torch.Tensor, prompts: _Prompts, value: float) -> torch.Tensor:
@@ -193,4 +230,10 @@ SETTERS: dict[Role | None, Callable[[Any, _Prompts], Any]] = {
     Role.ROTATIONS: _rotate,
     Role.SELECTED_KEYS: _select_all,
     Role.SHARED_KV: lambda states, prompts: {},
+}
+
+# The same for arguments that tell where prompts start.
+MOVERS: dict[Role | None, Callable[[Any, _Prompts], Any]] = {
+    Role.POSITIONS: lambda position_ids, prompts: position_ids + prompts.distances,
+    Role.ROTATIONS: _rotate_on,
 }

@@ -29,6 +29,16 @@ def attention_implementation(attention: nn.Module) -> str:
     return attention.config._attn_implementation
 
 
+def local_reach(attention: nn.Module) -> tuple[int | None, int | None]:
+    """How many tokens a token sees at most in an attention module, and how long chunks are that do not see each other."""
+    config = attention.config
+    kinds, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    kind = "sliding_attention" if kinds is None or layer is None or layer >= len(kinds) else kinds[layer]
+    window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+    chunk = getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else None
+    return window, chunk
+
+
 def recorded_attention_classes(tower: nn.Module) -> tuple[type, ...]:
     """The classes of modules whose attention weights transformers records for a tower, where it says so."""
     classes: list[type] = []

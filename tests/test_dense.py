@@ -19,7 +19,7 @@ def attend_one_by_one(rows, query, key, value, mask, scaling):
             group = head * NUM_KEY_VALUE_HEADS // NUM_HEADS
             scores = torch.cat([rows.key[0, group], key[sample, group]]) @ query[sample, head, 0] * scaling
             if rows.visible is not None:
-                scores[:NUM_ROWS][~rows.visible[sample]] = -torch.inf
+                scores[:NUM_ROWS][~rows.visible[sample, 0]] = -torch.inf
             if mask is not None:
                 scores[NUM_ROWS:] += mask[sample, head % mask.shape[1], 0]
             values = torch.cat([rows.value[0, group], value[sample, group]])
@@ -36,7 +36,7 @@ def test_one_query(kind, visible):
     query = torch.randn(BATCH_SIZE, NUM_HEADS, 1, HEAD_DIM)
     key, value = torch.randn(2, BATCH_SIZE, NUM_KEY_VALUE_HEADS, LENGTH, HEAD_DIM)
     rows = Rows(*torch.randn(2, 1, NUM_KEY_VALUE_HEADS, NUM_ROWS, HEAD_DIM))
-    rows.visible = None if visible is None else torch.tensor(visible)
+    rows.visible = None if visible is None else torch.tensor(visible)[:, None]
     mask, added = {
         "none": (None, None),
         "boolean": (BOOLEAN, torch.zeros(BOOLEAN.shape).masked_fill(~BOOLEAN, -torch.inf)),
