@@ -20,7 +20,7 @@ from .init import PromptInitialiser
 from .positions import prompt_arguments
 from .rows import Rows, arrange
 from .samples import SampleAdapters, sample_adapters
-from .starts import Starts, find_starts
+from .starts import Starts, find_starts, note_starts
 
 
 class M2PTAttention(M2PTLayer):
@@ -92,6 +92,8 @@ class M2PTAttention(M2PTLayer):
         """Calls the base layer, which attends to the prompts of the active adapters besides its own tokens."""
         adapters, base_layer = self._wanted_adapters(), self.base_layer
         if not adapters:
+            if self.site.kind == "textual":
+                note_starts(base_layer, self.site.path, self.signature, self.signature.bind(args, kwargs))
             return base_layer(*args, **kwargs)
         extend_attention_function(base_layer, self.site.path)
         arguments = self.signature.bind(args, kwargs)
@@ -143,7 +145,8 @@ class M2PTAttention(M2PTLayer):
         if can_be_kept and kept.starts is starts:
             return kept.rows
         rows = self._record_all(adapters, samples, arguments, starts, call)
-        if torch.compiler.is_compiling() or (starts is not None and starts.of_tokens is not None):
+        is_for_next_token = starts is None or (starts.of_tokens is None and starts.is_complete)
+        if torch.compiler.is_compiling() or not is_for_next_token:
             self._forget_rows()
         else:
             self._kept = _KeptRows(rows, starts, cache, key, self._sources(adapters))

@@ -44,6 +44,7 @@ from .stacking import (
     without_wrappers,
     wrapper_prefix,
 )
+from .starts import note_starts_of_others
 from .towers import find_tower, has_tower
 from .upstream import renamed_weights
 from .weighted import add_weighted_adapter
@@ -218,6 +219,7 @@ class M2PTModel(BaseTuner):
             if kind == "visual":
                 layer.hooks += refuse_boundaries_of_text(tower, layer)
             else:
+                layer.hooks += note_starts_of_others(model, layer.base_layer)
                 layer.hooks += refuse_mixed_sequences(layer)
                 layer.hooks += refuse_continuous_batching(model)
             layer.hooks += refuse_later_adapters(model, layer, self.peft_config)

@@ -29,6 +29,10 @@ class Sight:
             The column of the first key that each token sees. That of its sample, for padding.
         counts (`torch.Tensor` of shape `(batch_size, num_tokens)`):
             Whether a token is more than padding.
+        before (`torch.Tensor` of shape `(batch_size, num_tokens)`):
+            The column of the last key in front of each token, -1 if there is none.
+        window (`int`, *optional*):
+            How many tokens a token sees at most.
         has_some (`torch.Tensor` of shape `(batch_size,)`):
             Whether any token of a sample sees a key.
         first_of_samples (`torch.Tensor` of shape `(batch_size,)`):
@@ -40,6 +44,8 @@ class Sight:
     columns: torch.Tensor
     first: torch.Tensor
     counts: torch.Tensor
+    before: torch.Tensor
+    window: int | None
     has_some: torch.Tensor
     first_of_samples: torch.Tensor
 
@@ -47,6 +53,13 @@ class Sight:
     def is_start(self) -> torch.Tensor:
         """Whether a token is the first of a sequence, of shape `(batch_size, num_tokens)`."""
         return self.counts & (self.first == self.columns)
+
+    @property
+    def is_unclear(self) -> torch.Tensor:
+        """Of those: which may as well stand behind a hole that is as long as what they see, of the same shape."""
+        if self.window is None:
+            return torch.zeros_like(self.counts)
+        return self.is_start & (self.before >= 0) & (self.columns - self.before >= self.window)
 
 
 def look(
@@ -69,8 +82,8 @@ def look(
         num_before (`int` or `torch.Tensor`):
             How many columns stand in front of that of the first token.
         reach (`tuple[int | None, int | None]`):
-            How many tokens a token sees at most, and of how many tokens chunks are that do not see each other. Such
-            limits do not make a sequence.
+            How many tokens a token sees at most, and of how many tokens chunks are that do not see each other. These
+            are no sequences.
         in_one_go (`bool`):
             Whether to look at all of the mask at once, as code must that is compiled.
 
@@ -98,9 +111,15 @@ def look(
     columns = num_before + torch.arange(num_tokens, device=is_key.device)
     counts = sees & is_key[:, columns]
     first_of_samples = _first(is_key)
-    first = _beyond_reach(first, is_key, columns, first_of_samples, reach)
+    # The last key in front of each token.
+    numbers = torch.arange(num_keys, device=is_key.device)
+    before = torch.where(is_key, numbers, -1).cummax(-1).values
+    before = nn.functional.pad(before, (1, 0), value=-1)[:, columns]
+    window, chunk = reach
+    if chunk is not None:
+        first = _beyond_chunk(first, before, columns, first_of_samples, chunk)
     first = torch.where(counts, first, first_of_samples[:, None])
-    return Sight(columns, first, counts, is_key.any(-1), first_of_samples)
+    return Sight(columns, first, counts, before, window, is_key.any(-1), first_of_samples)
 
 
 def _first(flags: torch.Tensor) -> torch.Tensor:
@@ -142,21 +161,9 @@ def _find_keys(parts: Iterator[torch.Tensor]) -> torch.Tensor:
     return torch.where(seen.any(-1, keepdim=True), seen, seen_by_any)
 
 
-def _beyond_reach(
-    first: torch.Tensor,
-    is_key: torch.Tensor,
-    columns: torch.Tensor,
-    first_of_samples: torch.Tensor,
-    reach: tuple[int | None, int | None],
+def _beyond_chunk(
+    first: torch.Tensor, before: torch.Tensor, columns: torch.Tensor, first_of_samples: torch.Tensor, chunk: int
 ) -> torch.Tensor:
-    """The first key that tokens see, or the one in front of a token that would see it if it saw further."""
-    window, chunk = reach
-    if window is None and chunk is None:
-        return first
-    numbers = torch.arange(is_key.shape[1], device=first.device)
-    last = torch.where(is_key, numbers, -1).cummax(-1).values
-    before = nn.functional.pad(last, (1, 0), value=-1)[:, columns]
-    is_hidden = (
-        columns - before >= window if window is not None else (columns - first_of_samples[:, None]) % chunk == 0
-    )
-    return torch.where((first == columns) & (before >= 0) & is_hidden, before, first)
+    """The first key that tokens see, or the one in front of a token that begins a chunk."""
+    begins_chunk = (columns - first_of_samples[:, None]) % chunk == 0
+    return torch.where((first == columns) & (before >= 0) & begins_chunk, before, first)

@@ -7,17 +7,20 @@ the module is given. So it does not matter who calls which part of a model, nor 
 
 from __future__ import annotations
 
-import math
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .arguments import Role, Signature
+from .arguments import Role, Signature, read_signature
+from .attention import find_attention_call
 from .errors import UnsupportedModelError
 from .flash import find_packed
 from .packing import BY_MASK
@@ -51,6 +54,8 @@ class Starts:
     of_samples: torch.Tensor | None = None
     of_tokens: torch.Tensor | None = None
     of_sequences: list[int] | None = None
+    is_complete: bool = True
+    """Whether no sample has nothing but padding so far."""
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a layer has computed from these places, for the other layers of the same forward pass."""
 
@@ -70,7 +75,7 @@ class Starts:
     @property
     def of_last_tokens(self) -> Starts:
         """Those of the last sequence of each row."""
-        return self if self.of_tokens is None else Starts(self.places, of_samples=self.of_tokens[:, -1])
+        return self if self.of_tokens is None else replace(self, of_samples=self.of_tokens[:, -1], of_tokens=None)
 
     def places_of_samples(self, order: torch.Tensor | None = None) -> dict[str, Any]:
         """Where the samples start, in another order if one is given. One place if it is that of all."""
@@ -119,6 +124,52 @@ def find_starts(attention: nn.Module, path: str, signature: Signature, arguments
     if noted is not None:
         notes_of(call.cache)[call.layer] = noted
     return starts
+
+
+def note_starts(attention: nn.Module, path: str, signature: Signature, arguments: dict[str, Any]) -> None:
+    """
+    Notes with a cache where its first tokens stand, for prompts that go on from there: when tokens go into it that see
+    none.
+
+    Args:
+        attention (`nn.Module`), path (`str`), signature ([`~peft_m2pt.arguments.Signature`]), arguments (`dict`):
+            As for `find_starts`.
+    """
+    cache = signature.find(Role.CACHE, arguments)
+    if cache is None or torch.compiler.is_compiling():
+        return
+    is_noted = hasattr(getattr(cache, "self_attention_cache", cache), NOTES)
+    if arguments[signature.input_name].shape[-2] > 1 or not is_noted:
+        # What cannot be known is refused when it is asked for.
+        with contextlib.suppress(UnsupportedModelError):
+            find_starts(attention, path, signature, arguments)
+
+
+def note_starts_of_others(model: nn.Module, attention: nn.Module) -> list[RemovableHandle]:
+    """
+    Lets attention modules without prompts note the starts of what they put into a cache that one with prompts reads:
+    those of an encoder which shares a config with the decoder.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        attention (`nn.Module`):
+            An attention module with prompts.
+
+    Returns:
+        `list[RemovableHandle]`: The hooks. None in most models.
+    """
+    handles = []
+    for path, module in model.named_modules():
+        is_other = type(module) is not type(attention) and getattr(module, "config", None) is attention.config
+        if is_other and hasattr(module, "layer_idx") and find_attention_call(type(module)) is not None:
+            handles.append(module.register_forward_pre_hook(partial(_note_starts, path), with_kwargs=True))
+    return handles
+
+
+def _note_starts(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signature = read_signature(type(module))
+    note_starts(module, path, signature, signature.bind(args, kwargs))
 
 
 def notes_of(cache: Any) -> dict[int, _Noted]:
@@ -190,8 +241,8 @@ class _Call:
     @property
     def sees_all(self) -> bool:
         """Whether tokens see all that their mask shows, whatever the layer hides from them besides."""
-        window, chunk = local_reach(self.attention)
-        return self.past + self.num_tokens <= min(window or math.inf, chunk or math.inf)
+        reach = [length for length in local_reach(self.attention) if length is not None]
+        return not reach or (not self.is_in_graph and self.past + self.num_tokens <= min(reach))
 
     def take(self, samples: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
         """Where some tokens stand: each by its sample, and by its place among the tokens."""
@@ -274,6 +325,7 @@ def _find(call: _Call) -> tuple[Starts, _Noted | None]:
         starts, indices = _distinct(call.take(samples, torch.zeros_like(samples))), torch.zeros_like(samples)
     else:
         starts, indices = _find_sequences(call, sight)
+        starts = replace(starts, is_complete=bool(sight.has_some.all()))
     return starts, None if call.cache is None else _Noted(indices, starts.of_last_tokens)
 
 
@@ -286,7 +338,7 @@ def _find_sequences(call: _Call, sight: Sight) -> tuple[Starts, torch.Tensor]:
     # From token to token, up to one that sees none in front of itself.
     for _ in range(call.num_tokens.bit_length()):
         first = first.gather(1, first)
-    if bool((first.gather(1, first) != first).any()):
+    if bool((sight.first.expand_as(first).gather(1, first) != first).any()):
         raise call.refusal(f"a mask of shape {tuple(call.mask.shape)} in which tokens see no first one")
     indices = torch.where(sight.has_some, first[:, -1], -1)
     samples, tokens = torch.zeros_like(first, dtype=torch.bool).scatter_(1, first, True).nonzero(as_tuple=True)
@@ -294,6 +346,12 @@ def _find_sequences(call: _Call, sight: Sight) -> tuple[Starts, torch.Tensor]:
     if starts.of_samples is None or len(samples) == len(first):
         return starts, indices
     of_tokens = torch.zeros_like(first).index_put_((samples, tokens), starts.of_samples).gather(1, first)
+    of_token_before = of_tokens.gather(1, sight.before.clamp(min=0).expand_as(of_tokens))
+    if bool((sight.is_unclear & (of_tokens != of_token_before)).any()):
+        raise call.refusal(
+            f"a mask of shape {tuple(call.mask.shape)} with a hole as long as what a token sees ({sight.window} "
+            f"tokens), which may as well be the end of a sequence"
+        )
     if bool((of_tokens == of_tokens[:, -1:]).all()):
         return Starts(starts.places, of_samples=of_tokens[:, -1]), indices
     return Starts(starts.places, of_tokens=of_tokens.expand(call.batch_size, -1)), indices
@@ -324,13 +382,17 @@ def _find_in_samples(call: _Call) -> tuple[Starts, _Noted | None]:
     noted = call.noted
     if noted is not None:
         order, is_noted = _find_noted(call, noted, None if sight is None else indices)
+        of_noted_indices = noted.indices if order is None else noted.indices[order]
+        if sight is not None and not call.sees_all:
+            # What is in the cache may only be too far away.
+            is_unclear = is_new & (of_noted_indices >= 0)
+            is_known, is_noted = is_known & ~is_unclear, is_noted & ~is_unclear
         is_going_on = call.num_tokens == 1 and order is None and not call.is_in_graph
         if is_going_on and bool((is_noted & ~is_new).all()):
             return noted.starts, None
         is_known = is_known | is_noted
         of_noted = noted.starts.places_of_samples(order)
         places = _map(lambda new, old: torch.where(_along(is_new, new), new, old), places, of_noted)
-        of_noted_indices = noted.indices if order is None else noted.indices[order]
         indices = torch.where(is_new, indices, of_noted_indices)
     if not call.is_first:
         places = _check(call, places, is_known, "a cache of whose first tokens it does not know where they stand")
@@ -340,7 +402,9 @@ def _find_in_samples(call: _Call) -> tuple[Starts, _Noted | None]:
         what = "several sequences in one row, which start at different positions,"
         what += " in a compiled graph" if call.is_in_graph else " on top of a cache"
         places = _check(call, places, is_alone, what)
-    starts = Starts(places) if call.is_in_graph else _distinct(places)
+    starts = Starts(places)
+    if not call.is_in_graph:
+        starts = replace(_distinct(places), is_complete=bool((indices >= 0).all()))
     is_worth_noting = call.cache is not None and (call.is_in_graph or bool(is_new.any()))
     return starts, _Noted(indices, starts) if is_worth_noting else None
 

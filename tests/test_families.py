@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, checks
-from families.document import PAGE, render
+from families.document import PAGE, documented_roads, has_roads, render
 from families.spec import CHECKS, make_inputs, make_model
 from peft import get_peft_model
 
@@ -31,7 +31,7 @@ def cases() -> list:
     for family in KNOWN:
         if len(family.refused) == len(KINDS) or not family.runs:
             continue
-        for check in CHECKS:
+        for check in (*CHECKS, *(["roads"] if has_roads(family) else [])):
             if check not in family.without and (check != "generation" or family.generates):
                 found.append(pytest.param(family, check, id=f"{family.name}-{check}"))
     return found
@@ -131,4 +131,6 @@ def test_models_with_many_layers_get_prompts_in_each():
 
 
 def test_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == render(FAMILIES), "docs/models.md is out of date: run `make models`"
+    assert PAGE.read_text(encoding="utf-8") == render(FAMILIES, documented_roads()), (
+        "docs/models.md is out of date: run `make models`"
+    )

@@ -8,6 +8,7 @@ what its [`Family`] says.
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,15 +16,19 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from attention_kernels import KERNELS, stand_ins
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_m2pt import M2PTAttention, M2PTConfig
+from peft_m2pt.tested import TESTED
+from peft_m2pt.towers import find_tower
 
+from .document import NO_ROAD, UNTUNED_DIFFERS, documented_roads
 from .lengthening import lengthened_output
-from .spec import TEXT_IDS, VOCAB_SIZE, Family, Inputs, make_inputs, make_labels, make_model, take_sample
+from .spec import PAD, TEXT_IDS, VOCAB_SIZE, Family, Inputs, make_inputs, make_labels, make_model, take_sample
 
 
 NUM_NEW_TOKENS = 4
@@ -59,6 +64,12 @@ class Tuned:
         model = get_peft_model(make_model(self.family, attn), make_config(self.family))
         enlarge_prompts(model)
         return model
+
+    @property
+    def first_tokens(self) -> torch.Tensor | None:
+        """Which token is the first one of each sample that is no padding. `None` where there is no text."""
+        mask = self.inputs.get("attention_mask")
+        return None if mask is None else mask.argmax(-1)
 
     def packed(self, inputs: Inputs) -> Inputs:
         """Inputs as the model takes them, which may write into them."""
@@ -146,7 +157,7 @@ def check_exact(tuned: Tuned) -> None:
     def compare(path: str) -> Callable:
         def hook(module: M2PTAttention, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             calls[path] += 1
-            expected = lengthened_output(model.get_base_model(), module, args, kwargs, trace)
+            expected = lengthened_output(model.get_base_model(), module, args, kwargs, trace, tuned.first_tokens)
             actual = output[0] if isinstance(output, tuple) else output
             mask = kwargs.get("attention_mask")
             if mask is not None and mask.dim() == 2:
@@ -232,6 +243,97 @@ def check_padding(tuned: Tuned) -> None:
                 assert_close(generated[index], tuned.generate(tuned.model, sample)[1][0], "generation")
 
 
+def measure_roads(tuned: Tuned) -> dict[str, str]:
+    """
+    On each road to the language model, a sample that is padded on the left gives what it gives alone.
+
+    Returns:
+        `dict[str, str]`: By road: "yes", or why it says nothing of the tuned model, as the untuned one shows.
+    """
+    result = {}
+    for road, run in ROADS.items():
+        try:
+            padded, alone = (run(tuned, tuned.base, is_alone) for is_alone in (False, True))
+        except Exception:  # anything that may go wrong in somebody else's code
+            result[road] = NO_ROAD
+            continue
+        if not are_close(padded, alone):
+            result[road] = UNTUNED_DIFFERS
+            continue
+        padded, alone = (run(tuned, tuned.model, is_alone) for is_alone in (False, True))
+        assert_close(padded, alone, road)
+        assert not are_close(alone, run(tuned, tuned.base, True)), "the prompts have no influence"
+        result[road] = "yes"
+    return result
+
+
+def check_roads(tuned: Tuned) -> None:
+    measured = measure_roads(tuned)
+    if transformers.__version__ == TESTED["transformers"].newest:
+        assert documented_roads()[tuned.family.name] == measured, "docs/models.md is out of date: run `make models`"
+
+
+def _run(module: nn.Module, inputs: Inputs, shape: torch.Size, num_tokens: int) -> torch.Tensor:
+    """What a module says of the last tokens of the last sample."""
+    with torch.no_grad():
+        output = module(**inputs)
+    states = [output.logits] if getattr(output, "logits", None) is not None else _floats(output)
+    return next(tensor for tensor in states if tensor.shape[:2] == shape)[-1, -num_tokens:]
+
+
+def _text(tuned: Tuned, is_alone: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Ids and mask of two samples of text, of which the second one is shorter, or of that alone; and its length."""
+    ids = torch.randint(*TEXT_IDS, (2, 12), generator=torch.Generator().manual_seed(6))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    ids = ids.masked_fill(mask == 0, PAD)
+    return (ids[1:, 3:], mask[1:, 3:], 9) if is_alone else (ids, mask, 9)
+
+
+def _untuned(model: nn.Module) -> nn.Module:
+    """A model without what PEFT has put around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _through_text(tuned: Tuned, model: nn.Module, is_alone: bool) -> torch.Tensor:
+    ids, mask, length = _text(tuned, is_alone)
+    return _run(model, {"input_ids": ids, "attention_mask": mask}, ids.shape, length)
+
+
+def _through_body(tuned: Tuned, model: nn.Module, is_alone: bool) -> torch.Tensor:
+    inputs = take_sample(tuned.family, tuned.inputs, 1) if is_alone else tuned.inputs
+    length = int(tuned.inputs["attention_mask"][1].sum())
+    body = _untuned(model).base_model
+    return _run(body, tuned.packed(inputs), inputs["input_ids"].shape, length)
+
+
+def _through_decoder(
+    tuned: Tuned, model: nn.Module, is_alone: bool, of_mask: Callable[[torch.Tensor], Inputs] = lambda mask: {}
+) -> torch.Tensor:
+    ids, mask, length = _text(tuned, is_alone)
+    _, decoder = find_tower(_untuned(model), "textual", make_config(tuned.family))
+    return _run(decoder, {"input_ids": ids, "attention_mask": mask, **of_mask(mask)}, ids.shape, length)
+
+
+def _wide_mask(mask: torch.Tensor) -> Inputs:
+    visible = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    return {"attention_mask": torch.zeros(()).masked_fill(~visible, torch.finfo(torch.float32).min)}
+
+
+def _positions(mask: torch.Tensor) -> Inputs:
+    starts = 0 if len(mask) == 1 else torch.tensor([[5], [20]])
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0) + starts}
+
+
+ROADS = {
+    "text": _through_text,
+    "body": _through_body,
+    "decoder": _through_decoder,
+    "4-D mask": functools.partial(_through_decoder, of_mask=_wide_mask),
+    "positions": functools.partial(_through_decoder, of_mask=_positions),
+}
+
+
 def check_checkpointing(tuned: Tuned) -> None:
     model = copy.deepcopy(tuned.model).train()
     without_chance(model)
@@ -292,6 +394,14 @@ def check_attention(tuned: Tuned) -> None:
         for attn in ("eager", *(attn for attn in KERNELS if tuned.base_runs_with(attn))):
             for actual, of_sdpa in zip(tuned.outputs(tuned.tune(attn)), expected):
                 assert_close(actual, of_sdpa, attn)
+
+
+def are_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    try:
+        assert_close(actual, expected)
+    except AssertionError:
+        return False
+    return True
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:

@@ -29,14 +29,46 @@ before the model is touched; it names the field of `M2PTConfig` that leaves the 
   go.
 """
 
+ROADS_HEAD = """
+## Roads
+
+A sample that is padded on the left gives what it gives alone, whoever calls what: the whole model with **text** alone;
+its **body**, without the head; its **decoder**; the decoder with a **4-D mask**, or with **positions** that start at
+5 and at 20. That is looked at where it holds without M2PT, which is measured too.
+"""
+
+# What is found out with the untuned model.
+NO_ROAD = "it takes no such input"
+UNTUNED_DIFFERS = "it differs without M2PT too"
+
 REFUSALS = {
     "visual": "set `num_visual_tokens=0`",
     "textual": "set `num_textual_tokens=0`",
 }
 
 
-def render(families: list[Family]) -> str:
-    """The page."""
+def documented_roads() -> dict[str, dict[str, str]]:
+    """What the page says of the roads, by family."""
+    lines = PAGE.read_text(encoding="utf-8").partition("## Roads")[2].partition("\n## ")[0].splitlines()
+    header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    return {row[0].strip("`"): dict(zip(header[1:], row[1:])) for row in rows}
+
+
+def has_roads(family: Family) -> bool:
+    """Whether a family reads text with prompts."""
+    return family.text and "textual" not in family.refused
+
+
+def render(families: list[Family], roads: dict[str, dict[str, str]]) -> str:
+    """
+    The page.
+
+    Args:
+        families (`list[Family]`):
+            The families.
+        roads (`dict[str, dict[str, str]]`):
+            What was measured on each road to the language model of each.
+    """
     notes: dict[str, int] = {}
 
     def note(reason: str) -> str:
@@ -68,5 +100,9 @@ def render(families: list[Family]) -> str:
         rows.append(row)
     lines = [HEAD + "".join(f"- **{name}**: {text}.\n" for name, text in CHECKS.items())]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ROADS_HEAD.splitlines()
+    columns = ["family", *next(iter(roads.values()))]
+    lines += ["", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines += [f"| `{name}` | {' | '.join(of_family.values())} |" for name, of_family in sorted(roads.items())]
     lines += ["", "## Notes", "", *(f"{number}. {reason}." for reason, number in notes.items()), ""]
     return "\n".join(lines)

@@ -21,9 +21,17 @@ Call = tuple[nn.Module, tuple, dict[str, Any], Any]
 
 
 def lengthened_output(
-    model: nn.Module, module: M2PTAttention, args: tuple, kwargs: dict[str, Any], trace: list[Call]
+    model: nn.Module,
+    module: M2PTAttention,
+    args: tuple,
+    kwargs: dict[str, Any],
+    trace: list[Call],
+    first: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The output that an adapted attention should have, given its arguments and all calls of modules before it."""
+    """
+    The output that an adapted attention should have, given its arguments, all calls of modules before it, and which
+    token of the text is the first of each sample.
+    """
     attention = module.base_layer
     names = list(inspect.signature(type(attention).forward).parameters)[1:]
     arguments = {**dict(zip(names, args)), **kwargs}
@@ -34,6 +42,8 @@ def lengthened_output(
     prompts = _prompts(model, module, tokens, trace)
     is_textual = module.site.kind == "textual"
     num_tokens, n = tokens.shape[-2], len(prompts)
+    if not is_textual or first is None:
+        first = torch.zeros(len(tokens), dtype=torch.long)
 
     starts = [0]
     if arguments.get("cu_seqlens") is not None:
@@ -48,9 +58,9 @@ def lengthened_output(
     arguments[names[0]] = insertion(tokens, tokens.dim() - 2, prompts)
     for name in ("position_embeddings", "freqs_ci", "rotary_pos_emb"):
         if arguments.get(name) is not None:
-            arguments[name] = _lengthened_rotation(arguments[name], insertion, tokens, trace, is_textual)
+            arguments[name] = _lengthened_rotation(arguments[name], insertion, tokens, trace, is_textual, first)
     if arguments.get("position_ids") is not None:
-        arguments["position_ids"] = _lengthened_positions(arguments["position_ids"], insertion, is_textual)
+        arguments["position_ids"] = _lengthened_positions(arguments["position_ids"], insertion, is_textual, first)
     for name in ("attention_mask", "mask"):
         if name in names:
             arguments[name] = _lengthened_mask(arguments.get(name), insertion, attention, tokens)
@@ -130,10 +140,13 @@ def _norm_in_front(layer: nn.Module, tokens: torch.Tensor, trace: list[Call]) ->
     return None
 
 
-def _lengthened_rotation(rotation, insertion: _Insertion, tokens: torch.Tensor, trace: list[Call], is_textual: bool):
+def _lengthened_rotation(
+    rotation, insertion: _Insertion, tokens: torch.Tensor, trace: list[Call], is_textual: bool, first: torch.Tensor
+):
     parts = rotation if isinstance(rotation, tuple) else (rotation,)
     if is_textual:
-        of_rows = _rotation_of_rows(parts, insertion.num_rows, tokens, trace)
+        of_rows = _rotation_of_rows(parts, insertion.num_rows, tokens, trace, first)
+        parts = [part.expand(*part.shape[:-3], len(tokens), *part.shape[-2:]) for part in parts]
     else:
         values = (1, 0) if len(parts) == 2 else (1 if parts[0].is_complex() else 0,)
         of_rows = [torch.full((1,), value, dtype=part.dtype) for value, part in zip(values, parts)]
@@ -150,25 +163,36 @@ def _lengthened_rotation(rotation, insertion: _Insertion, tokens: torch.Tensor, 
     return tuple(lengthened) if isinstance(rotation, tuple) else lengthened[0]
 
 
-def _rotation_of_rows(parts: tuple[torch.Tensor, ...], num_rows: int, tokens: torch.Tensor, trace: list[Call]):
-    """Asks the module that made a rotation for that of positions -n ... -1."""
-    position_ids = torch.arange(-num_rows, 0)[None]
+def _rotation_of_rows(
+    parts: tuple[torch.Tensor, ...], num_rows: int, tokens: torch.Tensor, trace: list[Call], first: torch.Tensor
+):
+    """Asks the module that made a rotation for that of the positions in front of the first tokens."""
     for caller, args, kwargs, output in reversed(trace):
         outputs = output if isinstance(output, tuple) else (output,)
         if "rot" in type(caller).__name__.lower() and any(out is parts[0] for out in outputs):
             names = list(inspect.signature(type(caller).forward).parameters)[1:]
             arguments = {**dict(zip(names, args)), **kwargs}
-            leading = arguments["position_ids"].shape[:-2]
-            arguments["position_ids"] = position_ids.expand(*leading, 1, num_rows)
-            arguments[names[0]] = tokens[:1]
+            arguments["position_ids"] = _in_front(arguments["position_ids"], num_rows, first)
+            arguments[names[0]] = tokens
             rotation = caller(**arguments)
             return rotation if isinstance(rotation, tuple) else (rotation,)
     raise AssertionError("no module made the rotation of the tokens")
 
 
-def _lengthened_positions(position_ids: torch.Tensor, insertion: _Insertion, is_textual: bool) -> torch.Tensor:
+def _in_front(position_ids: torch.Tensor, num_rows: int, first: torch.Tensor) -> torch.Tensor:
+    """The positions in front of the first tokens, where `position_ids` are those of all tokens."""
+    position_ids = position_ids.expand(*position_ids.shape[:-2], len(first), -1)
+    of_first = position_ids[..., torch.arange(len(first)), first]
+    return of_first[..., None] + torch.arange(-num_rows, 0)
+
+
+def _lengthened_positions(
+    position_ids: torch.Tensor, insertion: _Insertion, is_textual: bool, first: torch.Tensor
+) -> torch.Tensor:
     if is_textual:
-        return insertion(position_ids, position_ids.dim() - 1, torch.arange(-insertion.num_rows, 0))
+        rows = _in_front(position_ids, insertion.num_rows, first)
+        position_ids = position_ids.expand(*rows.shape[:-1], -1)
+        return insertion(position_ids, position_ids.dim() - 1, rows)
     axis = insertion.axis(position_ids)
     return insertion(position_ids, axis, torch.zeros([1] * position_ids.dim(), dtype=position_ids.dtype))
 

@@ -1,0 +1,576 @@
+"""Where prompts stand: a sample gives what it gives alone, whatever stands beside it, and whoever calls what."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from attention_kernels import stand_ins
+from models import PAD_TOKEN, cache_of, on_top_of, randomise, trained_by
+from peft import get_peft_model
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    StaticCache,
+)
+
+from peft_m2pt import M2PTConfig, UnsupportedModelError
+from peft_m2pt.sight import look
+
+
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "pad_token_id": PAD_TOKEN,
+    "initializer_range": 0.2,
+}
+WINDOW = 4
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**TEXT))
+
+
+def mistral():
+    return MistralForCausalLM(MistralConfig(**TEXT, sliding_window=WINDOW))
+
+
+def qwen():
+    """Positions with three axes."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config=vision,
+        image_token_id=98,
+        video_token_id=97,
+        vision_start_token_id=95,
+        vision_end_token_id=96,
+    )
+    return Qwen2VLForConditionalGeneration(config)
+
+
+MODELS = {"llama": llama, "mistral": mistral, "qwen": qwen}
+
+
+def make(name="llama", attn="sdpa", **kwargs):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    model.set_attn_implementation(attn)
+    tuned = get_peft_model(model, M2PTConfig(num_visual_tokens=0, num_textual_tokens=3, **kwargs))
+    randomise(tuned, seed=2)
+    return tuned.eval()
+
+
+def make_ids(*lengths, seed=4):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 90, (1, length), generator=generator) for length in lengths]
+
+
+def pad(samples, sides):
+    """Samples as a batch, with padding on the left, on the right, or half on each side."""
+    length = max(sample.shape[1] for sample in samples)
+    rows, masks = [], []
+    for sample in samples:
+        missing = length - sample.shape[1]
+        left = {"left": missing, "right": 0, "both": missing // 2}[sides]
+        widths = (left, missing - left)
+        rows.append(torch.nn.functional.pad(sample, widths, value=PAD_TOKEN))
+        masks.append(torch.nn.functional.pad(torch.ones_like(sample), widths))
+    return torch.cat(rows), torch.cat(masks)
+
+
+def causal(mask):
+    """Which keys each token sees, of shape `(batch_size, 1, length, length)`."""
+    length = mask.shape[1]
+    return torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+
+
+def blocks_of(visible):
+    """The same in the form of flex attention."""
+    batch_size, _, length, _ = visible.shape
+
+    def see(batch, head, query, key):
+        return visible[batch, 0, query, key]
+
+    return create_block_mask(see, batch_size, None, length, length, device="cpu", BLOCK_SIZE=(8, 8))
+
+
+FORMS = {
+    "2-D": lambda mask: mask,
+    "2-D of floats": lambda mask: mask.float(),
+    "boolean": causal,
+    "additive": lambda mask: torch.zeros(()).masked_fill(~causal(mask), torch.finfo(torch.float32).min),
+    "a million": lambda mask: torch.zeros(()).masked_fill(~causal(mask), -1e6),
+    "padding sees all": lambda mask: causal(mask) | ~mask.bool()[:, None, :, None],
+    "blocks": lambda mask: blocks_of(causal(mask)),
+}
+
+
+def outputs(model, **inputs):
+    output = model(**inputs)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)
+
+
+def assert_as_alone(call, samples, together, mask):
+    for sample, output, of_sample in zip(samples, together, mask):
+        assert_close(output[of_sample.bool()], outputs(call, input_ids=sample, use_cache=False)[0])
+
+
+PARTS = {
+    "whole model": lambda model: model,
+    "body": lambda model: model.get_base_model().base_model,
+    "decoder": lambda model: model.get_base_model().get_decoder(),
+}
+
+
+@pytest.mark.parametrize("sides", ["left", "right", "both"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_padding(name, part, sides):
+    call = PARTS[part](make(name))
+    samples = make_ids(9, 5, 7)
+    ids, mask = pad(samples, sides)
+    assert_as_alone(call, samples, outputs(call, input_ids=ids, attention_mask=mask), mask)
+    embeddings = make(name).get_input_embeddings()(ids)
+    assert_as_alone(call, samples, outputs(call, inputs_embeds=embeddings, attention_mask=mask), mask)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_forms_of_masks(name, attn, form):
+    is_wide = "2-D" not in form
+    is_in_blocks, is_boolean = form == "blocks", form in ("boolean", "padding sees all")
+    if (
+        is_in_blocks != (attn == "flex_attention")
+        or (name == "mistral" and is_wide)
+        or (attn == "eager" and is_boolean)
+    ):
+        pytest.skip("no such mask for this implementation, or for a model with a window")
+    if is_in_blocks and name == "qwen":
+        pytest.skip("transformers has no flex attention for it")
+    with stand_ins():
+        call, samples = make(name, attn).get_base_model().get_decoder(), make_ids(9, 5)
+        ids, mask = pad(samples, "left")
+        together = outputs(call, input_ids=ids, attention_mask=FORMS[form](mask), use_cache=False)
+        assert_as_alone(call, samples, together, mask)
+
+
+def packed_mask(lengths, padding=0):
+    """Several sequences in one row, the last of which stands behind padding."""
+    of_tokens = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    of_tokens = torch.cat([of_tokens[: -lengths[-1]], torch.full((padding,), -1), of_tokens[-lengths[-1] :]])
+    visible = (of_tokens[:, None] == of_tokens) & (of_tokens >= 0)
+    return (visible & torch.ones_like(visible).tril())[None, None]
+
+
+class TestPacking:
+    LENGTHS = (5, 4, 7)
+
+    @pytest.mark.parametrize("form", ["boolean", "additive", "blocks"])
+    @pytest.mark.parametrize("padding", [0, 3])
+    @pytest.mark.parametrize("name", ["llama", "qwen"])
+    @torch.no_grad()
+    def test_by_a_mask_alone(self, name, padding, form):
+        if form == "blocks" and name == "qwen":
+            pytest.skip("transformers has no flex attention for it")
+        with stand_ins():
+            model = make(name, "flex_attention" if form == "blocks" else "sdpa")
+            call, samples = model.get_base_model().get_decoder(), make_ids(*self.LENGTHS)
+            ids = torch.cat([*samples[:-1], torch.zeros(1, padding, dtype=torch.long), samples[-1]], dim=1)
+            # Beside it, a row of another kind.
+            visible = packed_mask(self.LENGTHS, padding)
+            other = torch.ones_like(visible).tril()
+            visible, ids = torch.cat([visible, other]), torch.cat([ids, make_ids(ids.shape[1], seed=8)[0]])
+            mask = {"boolean": visible, "additive": torch.zeros(()).masked_fill(~visible, -torch.inf)}.get(form)
+            mask = blocks_of(visible) if mask is None else mask
+            together = outputs(call, input_ids=ids, attention_mask=mask, use_cache=False)
+            ends = torch.tensor(self.LENGTHS).cumsum(0) + torch.tensor([0, 0, padding])
+            for sample, end in zip(samples, ends):
+                alone = outputs(call, input_ids=sample, use_cache=False)[0]
+                assert_close(together[0, end - sample.shape[1] : end], alone)
+            assert_close(together[1], outputs(call, input_ids=ids[1:], use_cache=False)[0])
+
+    @pytest.mark.parametrize("attn", ["sdpa", "flash_attention_2"])
+    @torch.no_grad()
+    def test_by_positions(self, attn):
+        with stand_ins():
+            model, samples = make(attn=attn), make_ids(*self.LENGTHS)
+            positions = torch.cat([torch.arange(length) for length in self.LENGTHS])[None]
+            together = outputs(model, input_ids=torch.cat(samples, dim=1), position_ids=positions, use_cache=False)
+            alone = torch.cat([outputs(model, input_ids=sample) for sample in samples], dim=1)
+            assert_close(together, alone)
+
+    @torch.no_grad()
+    def test_by_boundaries_alone(self):
+        """Positions count on, from one sequence to the next."""
+        with stand_ins():
+            model, samples = make(attn="flash_attention_2"), make_ids(*self.LENGTHS)
+            ends = torch.tensor([0, *self.LENGTHS]).cumsum(0).to(torch.int32)
+            longest = max(self.LENGTHS)
+            packing = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+            ids = torch.cat(samples, dim=1)
+            decoder = model.get_base_model().get_decoder()
+            for positions in (torch.arange(ids.shape[1])[None], torch.arange(ids.shape[1])[None] + 4):
+                together = outputs(decoder, input_ids=ids, position_ids=positions, use_cache=False, **packing)
+                assert_close(together, torch.cat([outputs(decoder, input_ids=sample) for sample in samples], dim=1))
+
+    def test_gradients(self):
+        """Of a packed row they are the sum of those of its sequences."""
+        model, samples = make(), make_ids(*self.LENGTHS)
+        outputs(model, input_ids=torch.cat(samples, 1), attention_mask=packed_mask(self.LENGTHS)).pow(
+            2
+        ).sum().backward()
+        together = {name: weight.grad.clone() for name, weight in trained_by(model).items()}
+        model.zero_grad()
+        for sample in samples:
+            outputs(model, input_ids=sample).pow(2).sum().backward()
+        for name, weight in trained_by(model).items():
+            torch.testing.assert_close(together[name], weight.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_positions_given(name):
+    """Positions start anywhere, and elsewhere in each sample."""
+    model, samples = make(name), make_ids(7, 7)
+    positions = torch.arange(7) + torch.tensor([[5], [40]])
+    if name == "qwen":
+        positions = positions.expand(3, -1, -1)
+    together = outputs(model, input_ids=torch.cat(samples), position_ids=positions)
+    assert_close(together, torch.cat([outputs(model, input_ids=sample) for sample in samples]))
+    for part in PARTS.values():
+        call = part(model)
+        together = outputs(call, input_ids=torch.cat(samples), position_ids=positions)
+        assert_close(together, torch.cat([outputs(call, input_ids=sample) for sample in samples]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_holes(name):
+    """What stands behind a hole keeps its position, and with it its distance from the prompts."""
+    model = make(name)
+    ids, mask = torch.cat(make_ids(12, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 2:WINDOW] = 0
+    mask[1, :2] = mask[1, 6] = 0
+    together = outputs(model, input_ids=ids, attention_mask=mask)
+    for i, kept in enumerate(mask.bool()):
+        numbers = torch.arange(12)[kept]
+        positions = (numbers - numbers[0])[None]
+        visible = packed_mask([len(numbers)])
+        if name == "mistral":
+            visible = visible & ((numbers[:, None] - numbers) < WINDOW)
+        if name == "qwen":
+            positions = positions.expand(3, -1, -1)
+        alone = outputs(model, input_ids=ids[i : i + 1, kept], attention_mask=visible, position_ids=positions)
+        assert_close(together[i, kept], alone[0])
+
+
+@torch.no_grad()
+def test_tokens_see_behind_themselves():
+    """The first token of a text that sees all of itself is its first token."""
+    model = make()
+    (ids,) = make_ids(8)
+    visible = torch.ones(8, 8, dtype=torch.bool).tril()
+    visible[:4, :4] = True
+    expected = outputs(model, input_ids=ids, attention_mask=visible[None, None])
+    padded = torch.nn.functional.pad(visible, (3, 0, 3, 0))[None, None]
+    assert_close(
+        outputs(model, input_ids=torch.nn.functional.pad(ids, (3, 0)), attention_mask=padded)[:, 3:], expected
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_an_adapter_for_each_sample(name):
+    model = make(name)
+    model.add_adapter("other", M2PTConfig(num_visual_tokens=0, num_textual_tokens=5))
+    randomise(model, seed=6)
+    model.eval()
+    samples, names = make_ids(9, 5, 7), ["other", "__base__", "default"]
+    ids, mask = pad(samples, "left")
+    together = outputs(model, input_ids=ids, attention_mask=mask, adapter_names=names)
+    for i, (sample, adapter) in enumerate(zip(samples, names)):
+        alone = outputs(model, input_ids=sample, adapter_names=[adapter])
+        assert_close(together[i, mask[i].bool()], alone[0])
+    if name == "llama":
+        row = torch.cat(samples, dim=1)
+        visible = packed_mask([9, 5, 7])
+        both = outputs(
+            model, input_ids=row.repeat(3, 1), attention_mask=visible.repeat(3, 1, 1, 1), adapter_names=names
+        )
+        for output, adapter in zip(both, names):
+            alone = [outputs(model, input_ids=sample, adapter_names=[adapter])[0] for sample in samples]
+            assert_close(output, torch.cat(alone))
+
+
+class TestCaches:
+    """Left padding is counted as positions, so that the prompts of each sample stand somewhere else."""
+
+    def start(self, name="llama", length=6, **kwargs):
+        model, samples = make(name), make_ids(11, 8)
+        ids, mask = pad(samples, "left")
+        cache = cache_of(model(input_ids=ids[:, :length], attention_mask=mask[:, :length], use_cache=True, **kwargs))
+        return model, samples, ids, mask, cache
+
+    def go_on(self, model, ids, mask, cache, start, stop):
+        return outputs(model, input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **on_cache(model, cache))
+
+    def expected(self, model, samples, length):
+        alone = [outputs(model, input_ids=sample, use_cache=False)[0, -length:] for sample in samples]
+        return torch.stack(alone)
+
+    @pytest.mark.parametrize("length", [1, 2, 6])
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_going_on(self, name, length):
+        """In chunks, of which the first one may be nothing but padding for a sample, and then token by token."""
+        model, samples, ids, mask, cache = self.start(name, length)
+        parts = [self.go_on(model, ids, mask, cache, start, start + 1) for start in range(length, 7)]
+        parts.append(self.go_on(model, ids, mask, cache, 7, 9))
+        parts += [self.go_on(model, ids, mask, cache, start, start + 1) for start in (9, 10)]
+        assert_close(torch.cat(parts, dim=1)[:, -4:], self.expected(model, samples, 4))
+
+    @torch.no_grad()
+    def test_tokens_one_by_one_take_the_rows_of_the_first_step(self, monkeypatch):
+        model, samples, ids, mask, cache = self.start()
+        expected = self.expected(copy.deepcopy(model), samples, 5)
+        monkeypatch.setattr("peft_m2pt.layer.record_rows", None)
+        parts = [self.go_on(model, ids, mask, cache, start, start + 1) for start in range(6, 11)]
+        assert_close(torch.cat(parts, dim=1), expected)
+
+    @torch.no_grad()
+    def test_new_weights(self):
+        model, samples, ids, mask, cache = self.start()
+        before = copy.deepcopy(cache)
+        with model.disable_adapter():
+            self.go_on(model, ids, mask, before, 6, 7)
+        randomise(model, seed=9)
+        fresh = copy.deepcopy(model)
+        self.go_on(model, ids, mask, cache, 6, 7)
+        step = self.go_on(model, ids, mask, cache, 7, 8)
+        other = copy.deepcopy(before)
+        assert step.shape == self.go_on(fresh, ids, mask, other, 7, 8).shape
+
+    @torch.no_grad()
+    def test_copies(self):
+        model, samples, ids, mask, cache = self.start()
+        expected = self.expected(copy.deepcopy(model), samples, 5)
+        for _ in range(2):
+            assert_close(self.go_on(model, ids, mask, copy.deepcopy(cache), 6, 11), expected)
+
+    @torch.no_grad()
+    def test_cut_back(self):
+        model, samples, ids, mask, cache = self.start()
+        self.go_on(model, ids, mask, cache, 6, 10)
+        cache.crop(-3)
+        assert_close(self.go_on(model, ids, mask, cache, 7, 11), self.expected(model, samples, 4))
+
+    @torch.no_grad()
+    def test_samples_change_places(self):
+        model, samples, ids, mask, cache = self.start()
+        order = torch.tensor([1, 1, 0])
+        cache.batch_select_indices(order)
+        for start, stop in ((6, 7), (7, 10), (10, 11)):
+            step = self.go_on(model, ids[order], mask[order], cache, start, stop)
+        assert_close(step, self.expected(model, samples, 1)[order])
+
+    @torch.no_grad()
+    def test_static(self):
+        model, samples = make(), make_ids(11, 8)
+        ids, mask = pad(samples, "left")
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        for order in (torch.tensor([0, 1]), torch.tensor([1, 0])):
+            parts = [
+                self.go_on(model, ids[order], mask[order], cache, start, stop)
+                for start, stop in ((0, 6), (6, 7), (7, 9), (9, 11))
+            ]
+            assert_close(torch.cat(parts, dim=1)[:, -5:], self.expected(model, samples, 5)[order])
+            cache.reset()
+
+    @torch.no_grad()
+    def test_filled_without_the_adapter(self):
+        """Prompts of tokens that are in the cache stand where they would have stood."""
+        model, samples = make(), make_ids(11, 8)
+        ids, mask = pad(samples, "left")
+        steps = []
+        for batch in (slice(0, 2), slice(0, 1), slice(1, 2)):
+            first = 11 - int(mask[batch].sum(1).max())
+            with model.disable_adapter():
+                output = model(input_ids=ids[batch, first:6], attention_mask=mask[batch, first:6], use_cache=True)
+            steps.append(
+                self.go_on(model, ids[batch, first:], mask[batch, first:], cache_of(output), 6 - first, 11 - first)
+            )
+        assert_close(steps[0], torch.cat(steps[1:]))
+
+    @pytest.mark.parametrize("length", [1, 3])
+    @torch.no_grad()
+    def test_unknown(self, length):
+        model, samples = make(), make_ids(11)
+        cache = cache_of(model(input_ids=samples[0][:, :6], use_cache=True))
+        unknown = type(cache)((layer.keys, layer.values) for layer in cache.layers)
+        with pytest.raises(UnsupportedModelError, match="model.layers.0.self_attn.* a cache of whose first tokens"):
+            outputs(model, input_ids=samples[0][:, 6 : 6 + length], **on_cache(model, unknown))
+
+
+def on_cache(model, cache):
+    return on_top_of(cache) if cache is None else {"use_cache": True, **on_top_of(cache)}
+
+
+class TestRefusals:
+    def refuse(self, visible, match):
+        model = make()
+        with pytest.raises(UnsupportedModelError, match="model.layers.0.self_attn.*" + match):
+            model(
+                input_ids=make_ids(visible.shape[-1])[0].expand(len(visible), -1),
+                attention_mask=visible,
+                use_cache=False,
+            )
+
+    def test_nothing_is_seen(self):
+        visible = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+        visible[1] = False
+        self.refuse(visible, r"a mask of shape \(2, 1, 5, 5\) that shows no token to sample 1")
+
+    def test_nobody_is_first(self):
+        visible = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+        visible[..., :2, :2] = torch.tensor([[False, True], [True, False]])
+        self.refuse(visible, "in which tokens see no first one")
+
+    def test_a_hole_as_long_as_the_window(self):
+        model, mask = make("mistral"), torch.tensor([[1] * 5 + [0] * WINDOW + [1] * 3])
+        with pytest.raises(UnsupportedModelError, match="a hole as long as what a token sees \\(4 tokens\\)"):
+            model(input_ids=make_ids(12)[0], attention_mask=mask, use_cache=False)
+
+
+class TestTraining:
+    def loss(self, call, ids, mask):
+        return outputs(call, input_ids=ids, attention_mask=mask, use_cache=False)[mask.bool()].pow(2).mean()
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    @pytest.mark.parametrize("part", PARTS)
+    def test_checkpointing_and_two_passes(self, part, use_reentrant):
+        """Two forward passes before one backward pass, of batches that are padded in other ways."""
+        gradients = []
+        for is_checkpointed in (False, True):
+            model = make("qwen").train()
+            if is_checkpointed:
+                model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            call = PARTS[part](model)
+            batches = [pad(make_ids(9, 5), "left"), pad(make_ids(4, 8, seed=5), "both")]
+            sum(self.loss(call, *batch) for batch in batches).backward()
+            gradients.append({name: weight.grad for name, weight in trained_by(model).items()})
+            if not is_checkpointed:
+                model.zero_grad()
+                for batch in batches:
+                    samples = [row[kept.bool()][None] for row, kept in zip(*batch)]
+                    states = [outputs(call, input_ids=sample, use_cache=False)[0] for sample in samples]
+                    torch.cat(states).pow(2).mean().backward()
+                gradients.append({name: weight.grad for name, weight in trained_by(model).items()})
+        for name, gradient in gradients[0].items():
+            for other in gradients[1:]:
+                torch.testing.assert_close(other[name], gradient, atol=1e-5, rtol=1e-3)
+
+    @torch.no_grad()
+    def test_threads(self):
+        model = make()
+        batches = [pad(make_ids(9, n, seed=n), "left") for n in range(2, 8)]
+        expected = [outputs(model, input_ids=ids, attention_mask=mask) for ids, mask in batches]
+        found = {}
+
+        def call(i):
+            with torch.no_grad():
+                for _ in range(5):
+                    found[i] = outputs(model, input_ids=batches[i][0], attention_mask=batches[i][1])
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, output in enumerate(expected):
+            assert torch.equal(found[i], output)
+
+
+class TestCosts:
+    def count(self, monkeypatch):
+        import peft_m2pt.layer
+        import peft_m2pt.starts
+
+        shapes, finds = [], []
+        record, find = peft_m2pt.layer.record_rows, peft_m2pt.starts._find
+        monkeypatch.setattr(peft_m2pt.layer, "record_rows", lambda *args: shapes.append(args[3]) or record(*args))
+        monkeypatch.setattr(peft_m2pt.starts, "_find", lambda call: finds.append(call) or find(call))
+        return shapes, finds
+
+    @torch.no_grad()
+    def test_rows_for_each_start(self, monkeypatch):
+        shapes, finds = self.count(monkeypatch)
+        model = make()
+        ids, mask = pad(make_ids(9, 5, 5, 9), "left")
+        model(input_ids=ids, attention_mask=mask)
+        assert shapes == [(2, 3)] * 2 and len(finds) == 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        for inputs in ({}, {"attention_mask": mask.flip(1)}, {"attention_mask": mask, "position_ids": positions}):
+            shapes.clear(), finds.clear()
+            model(input_ids=ids, **inputs)
+            assert shapes == [(1, 3)] * 2 and len(finds) == 1
+
+    @torch.no_grad()
+    def test_nothing_is_left(self):
+        from peft_m2pt.starts import _found
+
+        model = make()
+        model(input_ids=make_ids(4)[0], use_cache=False)
+        gc.collect()
+        assert len(_found) == 0
+
+
+def brute_force(visible):
+    """The first token of the sequence of each token that sees one, by following each one back."""
+    starts = {}
+    for token, row in enumerate(visible.tolist()):
+        if any(row):
+            start = token
+            while visible[start].tolist().index(True) < start:
+                start = visible[start].tolist().index(True)
+            starts[token] = start
+    return starts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_read_from_a_mask(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (4,), generator=generator).tolist()
+    visible = torch.stack([packed_mask(lengths, padding=2)[0, 0], packed_mask([sum(lengths)], padding=2)[0, 0]])
+    window = int(torch.randint(2, 9, (), generator=generator))
+    numbers = torch.arange(visible.shape[-1])
+    seen = visible & (numbers[:, None] - numbers < window)
+    length = visible.shape[-1]
+    for mask in (seen[:, None], torch.zeros(()).masked_fill(~seen, -1e4)[:, None], blocks_of(seen[:, None])):
+        for in_one_go in (False, True):
+            sight = look(mask, 2, length, 0, (window, None), in_one_go)
+            first = sight.first
+            for _ in range(length):
+                first = first.gather(1, first)
+            for sample in range(2):
+                expected = brute_force(seen[sample])
+                assert {token: int(first[sample, token]) for token in expected} == expected
+                assert sight.counts[sample].nonzero().flatten().tolist() == list(expected)
