@@ -352,8 +352,8 @@ def record_rows(
     if (recorder.rows.key.shape[0], recorder.rows.key.shape[2]) != shape:
         raise UnsupportedModelError(
             f"The attention '{path}' ({type(module).__name__}) made keys of shape {tuple(recorder.rows.key.shape)} of "
-            f"{shape[1]} prompt rows, where ({shape[0]}, num_heads, {shape[1]}, head_dim) was expected. Leave it out with "
-            f"exclude_modules=['{path}']."
+            f"{shape[1]} prompt rows, where ({shape[0]}, num_heads, {shape[1]}, head_dim) was expected. Leave it out "
+            f"with exclude_modules=['{path}']."
         )
     return recorder.rows
 

@@ -93,7 +93,7 @@ class M2PTAttention(M2PTLayer):
         adapters, base_layer = self._wanted_adapters(), self.base_layer
         if not adapters:
             if self.site.kind == "textual":
-                note_starts(base_layer, self.site.path, self.signature, self.signature.bind(args, kwargs))
+                note_starts(base_layer, self.site.path, self.signature, args, kwargs)
             return base_layer(*args, **kwargs)
         extend_attention_function(base_layer, self.site.path)
         arguments = self.signature.bind(args, kwargs)

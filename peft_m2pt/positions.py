@@ -1,10 +1,9 @@
 """
 Where prompts stand: the arguments with which an attention module computes their keys.
 
-Textual prompts stand right in front of the first token: n of them at p - n ... p - 1, where p is its position. Where it
-is, and which token it is, differs between samples, and is only known from what the attention module is given of the
-tokens, mostly their rotations. The rotation of position p - k is that of p and then that of -k, which is the same in
-all samples. Visual prompts have no place in the image, so they are not rotated.
+Textual prompts stand right in front of the first token: n of them at p - n ... p - 1, where p is its position. That
+differs between samples, and mostly shows in nothing but the rotations of the tokens. So prompts are rotated by -k,
+which is the same for all, and on by the rotation of p. Visual prompts have no place in the image, and are not rotated.
 """
 
 from __future__ import annotations
@@ -159,10 +158,7 @@ def prompt_arguments(
     for name, value in arguments.items():
         role = signature.roles.get(name)
         if starts is not None and name in starts.places:
-            key = (name, lengths, rotary)
-            if key not in starts.made:
-                starts.made[key] = MOVERS[role](starts.places[name], of_prompts)
-            result[name] = starts.made[key]
+            result[name] = starts.make((name, lengths, rotary), lambda: MOVERS[role](starts.places[name], of_prompts))
         elif role in SETTERS and value is not None and not isinstance(value, BlockMask):
             result[name] = SETTERS[role](value, of_prompts)
     return result

@@ -57,13 +57,25 @@ class Starts:
     is_complete: bool = True
     """Whether no sample has nothing but padding so far."""
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What a layer has computed from these places, for the other layers of the same forward pass."""
+    """What layers have computed from these places."""
 
     @property
     def count(self) -> int:
         """How many they are."""
         tensor = next(_tensors(self.places))
         return tensor.shape[_axis(tensor)]
+
+    def make(self, key: Any, function: Callable[[], Any]) -> Any:
+        """Computes something from these places, once for all layers, which are told the same in a forward pass."""
+        if torch.compiler.is_compiling():
+            return function()
+        if key not in self.made:
+            self.made[key] = function()
+        return self.made[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of a cache need no more.
+        return {**self.__dict__, "made": {}}
 
     @property
     def numbers(self) -> torch.Tensor | None:
@@ -126,21 +138,29 @@ def find_starts(attention: nn.Module, path: str, signature: Signature, arguments
     return starts
 
 
-def note_starts(attention: nn.Module, path: str, signature: Signature, arguments: dict[str, Any]) -> None:
+def note_starts(
+    attention: nn.Module, path: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """
-    Notes with a cache where its first tokens stand, for prompts that go on from there: when tokens go into it that see
-    none.
+    Notes where the tokens start that an attention module without prompts puts into a cache, for prompts that are used
+    later on top of it. It does so for many tokens: those that are decoded one at a time go on from others.
 
     Args:
-        attention (`nn.Module`), path (`str`), signature ([`~peft_m2pt.arguments.Signature`]), arguments (`dict`):
-            As for `find_starts`.
+        attention (`nn.Module`):
+            The attention module.
+        path (`str`):
+            Its module path.
+        signature ([`~peft_m2pt.arguments.Signature`]):
+            What its arguments are.
+        args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
+            Its arguments for the tokens.
     """
-    cache = signature.find(Role.CACHE, arguments)
-    if cache is None or torch.compiler.is_compiling():
+    tokens = args[0] if args else kwargs[signature.input_name]
+    if tokens.shape[-2] == 1 or torch.compiler.is_compiling():
         return
-    is_noted = hasattr(getattr(cache, "self_attention_cache", cache), NOTES)
-    if arguments[signature.input_name].shape[-2] > 1 or not is_noted:
-        # What cannot be known is refused when it is asked for.
+    arguments = signature.bind(args, kwargs)
+    if signature.find(Role.CACHE, arguments) is not None:
+        # What cannot be known is refused when somebody asks for it.
         with contextlib.suppress(UnsupportedModelError):
             find_starts(attention, path, signature, arguments)
 
@@ -168,8 +188,7 @@ def note_starts_of_others(model: nn.Module, attention: nn.Module) -> list[Remova
 
 
 def _note_starts(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    signature = read_signature(type(module))
-    note_starts(module, path, signature, signature.bind(args, kwargs))
+    note_starts(module, path, read_signature(type(module)), args, kwargs)
 
 
 def notes_of(cache: Any) -> dict[int, _Noted]:

@@ -151,21 +151,25 @@ def test_padding(name, part, sides):
     assert_as_alone(call, samples, outputs(call, inputs_embeds=embeddings, attention_mask=mask), mask)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("attn", ["eager", "sdpa", "flex_attention"])
-@pytest.mark.parametrize("name", MODELS)
+# What a decoder takes as it is: a mask of numbers that are added, wherever "eager" attention adds them, and one with a
+# window of its own.
+TAKEN = [
+    *((name, attn, form) for name in MODELS for attn in ("eager", "sdpa") for form in ("2-D", "2-D of floats")),
+    *(
+        (name, attn, form)
+        for name in ("llama", "qwen")
+        for attn in ("eager", "sdpa")
+        for form in ("additive", "a million")
+    ),
+    *((name, "sdpa", form) for name in ("llama", "qwen") for form in ("boolean", "padding sees all")),
+    *(("llama", "flex_attention", form) for form in ("2-D", "blocks")),
+    *((name, "flash_attention_2", "2-D") for name in MODELS),
+]
+
+
+@pytest.mark.parametrize("name, attn, form", TAKEN)
 @torch.no_grad()
 def test_forms_of_masks(name, attn, form):
-    is_wide = "2-D" not in form
-    is_in_blocks, is_boolean = form == "blocks", form in ("boolean", "padding sees all")
-    if (
-        is_in_blocks != (attn == "flex_attention")
-        or (name == "mistral" and is_wide)
-        or (attn == "eager" and is_boolean)
-    ):
-        pytest.skip("no such mask for this implementation, or for a model with a window")
-    if is_in_blocks and name == "qwen":
-        pytest.skip("transformers has no flex attention for it")
     with stand_ins():
         call, samples = make(name, attn).get_base_model().get_decoder(), make_ids(9, 5)
         ids, mask = pad(samples, "left")
@@ -184,13 +188,12 @@ def packed_mask(lengths, padding=0):
 class TestPacking:
     LENGTHS = (5, 4, 7)
 
-    @pytest.mark.parametrize("form", ["boolean", "additive", "blocks"])
     @pytest.mark.parametrize("padding", [0, 3])
-    @pytest.mark.parametrize("name", ["llama", "qwen"])
+    @pytest.mark.parametrize(
+        "name, form", [("llama", "boolean"), ("llama", "additive"), ("llama", "blocks"), ("qwen", "boolean")]
+    )
     @torch.no_grad()
     def test_by_a_mask_alone(self, name, padding, form):
-        if form == "blocks" and name == "qwen":
-            pytest.skip("transformers has no flex attention for it")
         with stand_ins():
             model = make(name, "flex_attention" if form == "blocks" else "sdpa")
             call, samples = model.get_base_model().get_decoder(), make_ids(*self.LENGTHS)
