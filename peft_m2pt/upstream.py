@@ -30,7 +30,7 @@ def attention_implementation(attention: nn.Module) -> str:
 
 
 def local_reach(attention: nn.Module) -> tuple[int | None, int | None]:
-    """How many tokens a token of an attention module sees at most, and how long chunks are that see only themselves."""
+    """How many tokens a token sees at most in an attention module, and how long chunks are that see none outside."""
     config = attention.config
     kinds, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
     kind = "sliding_attention" if kinds is None or layer is None or layer >= len(kinds) else kinds[layer]

@@ -7,10 +7,16 @@ import threading
 import pytest
 import torch
 from attention_kernels import stand_ins
+from families import FAMILIES
+from families.checks import Tuned
 from models import PAD_TOKEN, cache_of, on_top_of, randomise, trained_by
 from peft import get_peft_model
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -265,6 +271,75 @@ def test_positions_given(name):
         assert_close(together, torch.cat([outputs(call, input_ids=sample) for sample in samples]))
 
 
+OTHER_TEXT = {
+    # Complex rotations. Chunks of tokens that do not see each other, and layers without rotations.
+    "llama4": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            **{**TEXT, "num_hidden_layers": 4},
+            head_dim=12,
+            intermediate_size_mlp=64,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            attention_chunk_size=4,
+        )
+    ),
+    "deepseek_v2": lambda: DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            **{**TEXT, "num_key_value_heads": 4},
+            first_k_dense_replace=2,
+            kv_lora_rank=16,
+            q_lora_rank=None,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+        )
+    ),
+    # What is no rotation: a factor of all frequencies, which depends on the longest position.
+    "yarn": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **TEXT,
+            max_position_embeddings=64,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TEXT)
+@torch.no_grad()
+def test_other_rotations(name, monkeypatch):
+    monkeypatch.setitem(MODELS, name, OTHER_TEXT[name])
+    model, samples = make(name), make_ids(9, 5, 7)
+    ids, mask = pad(samples, "left")
+    assert_as_alone(model, samples, outputs(model, input_ids=ids, attention_mask=mask), mask)
+    positions = torch.arange(7) + torch.tensor([[5], [30]])
+    if name != "llama4":  # whose queries know how far they are from position 0
+        together = outputs(model, input_ids=ids[:2, 2:], position_ids=positions)
+        assert_close(together, torch.cat([outputs(model, input_ids=row[None]) for row in ids[:2, 2:]]))
+
+
+@torch.no_grad()
+def test_rotations_inside_of_the_attention():
+    """Idefics gives its attention positions."""
+    tuned = Tuned(next(family for family in FAMILIES if family.name == "idefics"))
+    inputs = {
+        name: value[:, 3:] if name in ("input_ids", "attention_mask") else value
+        for name, value in tuned.inputs.items()
+    }
+    inputs["image_attention_mask"] = inputs["image_attention_mask"][:, 3:]
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    expected = tuned.model(**inputs, position_ids=positions).logits
+    actual = tuned.model(**inputs, position_ids=positions + torch.tensor([[4], [20]])).logits
+    assert_close(actual, expected)
+    assert not torch.allclose(expected, tuned.base(**inputs, position_ids=positions).logits, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_holes(name):
@@ -510,6 +585,57 @@ class TestTraining:
             thread.join()
         for i, output in enumerate(expected):
             assert torch.equal(found[i], output)
+
+
+class TestCompiled:
+    """Graphs cannot depend on what a mask shows: they take rows for each sample."""
+
+    @pytest.fixture(autouse=True)
+    def dynamo(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("name", ["mistral", "qwen"])
+    @torch.no_grad()
+    def test_padding(self, name):
+        model = make(name)
+        call, samples = model.get_base_model().get_decoder(), make_ids(9, 5)
+        ids, mask = pad(samples, "left")
+        expected = outputs(call, input_ids=ids, attention_mask=mask)
+        compiled = torch.compile(call, backend="eager")
+        for order in ([0, 1], [1, 0]):
+            together = outputs(compiled, input_ids=ids[order], attention_mask=mask[order], use_cache=False)
+            for output, other, of_sample in zip(together, expected[order], mask[order].bool()):
+                assert_close(output[of_sample], other[of_sample])
+
+    @torch.no_grad()
+    def test_packing(self):
+        """Exact where all sequences start at one position, and refused where they do not."""
+        model, lengths = make(), TestPacking.LENGTHS
+        samples, mask = make_ids(*lengths), packed_mask(lengths)
+        inputs = {"input_ids": torch.cat(samples, dim=1), "attention_mask": mask, "use_cache": False}
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        compiled = torch.compile(model, backend="eager")
+        together = outputs(compiled, **inputs, position_ids=positions)
+        assert_close(together, torch.cat([outputs(model, input_ids=sample) for sample in samples], dim=1))
+        with pytest.raises(RuntimeError, match="several sequences in one row, which start at different positions"):
+            outputs(compiled, **inputs)
+
+    @torch.no_grad()
+    def test_caches(self):
+        """The first tokens and those behind them, each in a graph."""
+        model, samples = make(), make_ids(11, 8)
+        ids, mask = pad(samples, "left")
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        compiled = torch.compile(model, backend="eager")
+        # transformers hangs hooks on its modules in their first call.
+        outputs(model, input_ids=ids[:, -1:], use_cache=False)
+        for start, stop in ((0, 6), (6, 9), (9, 10), (10, 11)):
+            inputs = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+            together = outputs(compiled, **inputs, **on_cache(model, cache))
+        alone = [outputs(model, input_ids=sample, use_cache=False)[0, -1:] for sample in samples]
+        assert_close(together, torch.stack(alone))
 
 
 class TestCosts:
