@@ -138,6 +138,15 @@ def find_starts(attention: nn.Module, path: str, signature: Signature, arguments
     return starts
 
 
+def is_emptied(attention: nn.Module, cache: Any) -> bool:
+    """Whether a cache that a module has filled is known to be empty again."""
+    if torch.compiler.is_compiling():
+        return False
+    length = cache.get_seq_length(getattr(attention, "layer_idx", None) or 0)
+    # To look at the number of a static one would wait for the device, for every token.
+    return isinstance(length, int) and length == 0
+
+
 def note_starts(
     attention: nn.Module, path: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:

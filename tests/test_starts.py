@@ -472,6 +472,18 @@ class TestCaches:
         assert_close(step, self.expected(model, samples, 1)[order])
 
     @torch.no_grad()
+    def test_emptied(self):
+        """Its next token is the first one, wherever it stands."""
+        model, samples, ids, mask, cache = self.start()
+        positions = torch.tensor([[7]]).expand(2, -1)
+        expected = outputs(model, input_ids=ids[:, -1:], position_ids=positions, use_cache=False)
+        model, samples, ids, mask, cache = self.start()
+        cache.crop(-6)
+        assert cache.get_seq_length() == 0
+        actual = outputs(model, input_ids=ids[:, -1:], position_ids=positions, **on_cache(model, cache))
+        assert_close(actual, expected)
+
+    @torch.no_grad()
     def test_static(self):
         model, samples = make(), make_ids(11, 8)
         ids, mask = pad(samples, "left")

@@ -13,7 +13,19 @@ from models import adapt, make_llava
 from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    EncoderDecoderCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -52,6 +64,26 @@ class TestTransformers:
         assert upstream.checkpoints_reentrantly(layer) == use_reentrant, "where checkpointing is kept has changed"
         model.gradient_checkpointing_disable()
         assert not upstream.checkpoints_reentrantly(layer)
+
+    def test_what_layers_see(self):
+        common = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        window = MistralForCausalLM(MistralConfig(**common, sliding_window=7)).model.layers[0].self_attn
+        assert upstream.local_reach(window) == (7, None), "the sliding window is kept elsewhere"
+        text = Gemma3TextConfig(**common, sliding_window=7, layer_types=["sliding_attention", "full_attention"])
+        layers = Gemma3ForCausalLM(text).model.layers
+        reaches = [upstream.local_reach(layer.self_attn) for layer in layers]
+        assert reaches == [(7, None), (None, None)], "types of layers are kept elsewhere"
+        chunks = Llama4TextConfig(**common, head_dim=8, attention_chunk_size=7, no_rope_layers=[1, 0])
+        reaches = [upstream.local_reach(layer.self_attn) for layer in Llama4ForCausalLM(chunks).model.layers]
+        assert reaches == [(None, 7), (None, None)], "the length of chunks is kept elsewhere"
+
+    def test_caches(self):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        assert isinstance(cache.self_attention_cache, DynamicCache), "a cache of two is made in another way"
+        cache = DynamicCache(config=MistralConfig(num_hidden_layers=1, sliding_window=4))
+        cache.update(torch.ones(1, 1, 6, 2), torch.ones(1, 1, 6, 2), 0)
+        assert cache.get_seq_length(0) == 6, "caches count their tokens in another way"
+        assert cache.get_mask_sizes(2, 0) == (5, 3), "caches say in another way which keys a mask has columns for"
 
     def test_needed_peft(self):
         model, needed = make_llava(), upstream.needed_peft()
