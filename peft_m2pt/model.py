@@ -198,7 +198,7 @@ class M2PTModel(BaseTuner):
         self._weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
         check_saved_modules(model, config, self._weights)
         if config.num_interaction_tokens is None and any("m2pt_interaction" in name for name in self._weights):
-            # So was it meant before version 0.2, in both placements.
+            # `None` used to mean that in both placements.
             config.num_interaction_tokens = config.num_visual_tokens
 
     def _prepare_entrances(self, model: nn.Module, adapter_name: str) -> None:

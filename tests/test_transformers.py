@@ -1,5 +1,6 @@
 """What users of transformers do with an adapter: its own adapter methods, the auto classes, and its Trainer."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,19 @@ class TestUpgrades:
         }
         assert counts == {3, 4}
         assert not torch.allclose(logits(peft_model), before)
+
+    def test_numbers_that_were_left_to_the_model(self, tmp_path):
+        """`None` used to mean as many interaction prompts as visual ones, and still does where these are saved."""
+        peft_model = adapt(make_llava(), num_interaction_tokens=4)
+        peft_model.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        content = json.loads(path.read_text())
+        assert content["num_interaction_tokens"] == content["num_visual_tokens"] == 4
+        path.write_text(json.dumps({**content, "num_interaction_tokens": None}))
+        loaded = PeftModel.from_pretrained(make_llava(), tmp_path)
+        assert torch.equal(logits(loaded), logits(peft_model))
+        loaded.save_pretrained(tmp_path)
+        assert json.loads(path.read_text())["num_interaction_tokens"] == 4
 
     def test_fields_of_later_versions(self, tmp_path):
         content = (FIXTURE / "adapter_config.json").read_text().replace("{", '{"some_new_field": 1,', 1)
