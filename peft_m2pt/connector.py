@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -169,17 +170,27 @@ class M2PTConnector(M2PTLayer):
     def _take_over(
         self, copies: nn.ModuleDict, part: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
     ) -> None:
-        """Lets weights that are loaded into a part of the connector count for the copy of the active adapter."""
+        """
+        Lets weights that are loaded into a part of the connector count for the copy of the active adapter, as long as
+        that has learned nothing yet.
+        """
+        frozen = {**part._parameters, **part._buffers}
         changed = {
             name: state_dict[f"{prefix}{name}"]
-            for name, weight in (*part._parameters.items(), *part._buffers.items())
+            for name, weight in frozen.items()
             if weight is not None and _differs(state_dict.get(f"{prefix}{name}"), weight)
         }
-        for adapter_name in self.active_adapters:
-            if adapter_name in copies:
-                weights = {**copies[adapter_name]._parameters, **copies[adapter_name]._buffers}
-                for name, weight in changed.items():
-                    weights[name].copy_(weight)
+        for adapter_name in filter(copies.__contains__, self.active_adapters if changed else []):
+            weights = {**copies[adapter_name]._parameters, **copies[adapter_name]._buffers}
+            if any(_differs(frozen[name], weights[name]) for name in changed):
+                warnings.warn(
+                    f"Weights {list(changed)} are loaded into a part of the connector '{self.site.path}', of which "
+                    f"adapter '{adapter_name}' has trained a copy: the copy stays as it is, and is what image "
+                    f"features go through while the adapter is active."
+                )
+                continue
+            for name, weight in changed.items():
+                weights[name].copy_(weight)
 
     def _note_image_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():

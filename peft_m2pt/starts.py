@@ -168,7 +168,8 @@ def note_starts(
     if tokens.shape[-2] == 1 or torch.compiler.is_compiling():
         return
     arguments = signature.bind(args, kwargs)
-    if signature.find(Role.CACHE, arguments) is not None:
+    # The paged ones of continuous batching have no length. Prompts are refused there.
+    if hasattr(signature.find(Role.CACHE, arguments), "get_seq_length"):
         # What cannot be known is refused when somebody asks for it.
         with contextlib.suppress(UnsupportedModelError):
             find_starts(attention, path, signature, arguments)

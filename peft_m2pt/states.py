@@ -22,6 +22,7 @@ from .base import M2PTLayer
 from .blank import blank_arguments
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
+from .graft import is_linear
 from .tokens import write_text
 from .towers import find_tower
 from .upstream import offloaded_to
@@ -206,7 +207,8 @@ def _at_rest(model: nn.Module, tower: nn.Module) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     try:
         for module, _ in training:
-            module.training = False
+            # bitsandbytes packs weights on CPUs as inference wants them, in the first call that is not of training.
+            module.training = is_linear(module)
         for layer in layers:
             layer._disable_adapters = True
         # DeepSpeed keeps parts of weights, until its engine gathers them.

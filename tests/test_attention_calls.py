@@ -70,7 +70,7 @@ class TestOtherValuesInEachCall:
             assert len(seen) == len(layers)
             for layer, (module, hidden_states, actual) in zip(layers, seen):
                 assert isinstance(module, M2PTAttention)
-                prompt = layer.input_layernorm(module.m2pt_prompt["default"].weight).expand(2, -1, -1)
+                prompt = layer.input_layernorm(module.m2pt_prompt["default"]()).expand(2, -1, -1)
                 rows = torch.cat([prompt, hidden_states], dim=1)
                 positions = torch.arange(-NUM_PROMPTS, 6)[None]
                 mask = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1)[None, None]

@@ -45,7 +45,7 @@ def of_adapter(model):
 
 
 @pytest.mark.parametrize("make_linear", [PackedLinear, bit_linear])
-@pytest.mark.parametrize("kwargs", [{}, {"interaction_placement": "image"}])
+@pytest.mark.parametrize("kwargs", [{"num_interaction_tokens": 20}, {"interaction_placement": "image"}])
 def test_devices(make_linear, kwargs):
     """The meta device stands for a GPU."""
     model = get_peft_model(make_base(make_linear).to("meta"), M2PTConfig(connector_rank=2, **kwargs))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import adapt, make_config, make_inputs, make_llava, randomise, trained_by
+from models import adapt, make_config, make_inputs, make_llava, trained_by
 from peft import get_peft_model, set_peft_model_state_dict
 from torch import nn
 
@@ -58,6 +58,19 @@ def test_weights_that_are_loaded_into_parts(kwargs, reached):
         assert torch.equal(peft_model(**make_inputs()).logits, expected.unload()(**make_inputs()).logits)
 
 
+def test_a_copy_that_has_learned_something():
+    """It is not lost to weights of the base model, which may be loaded for other reasons."""
+    peft_model = adapt(make_llava())
+    before = {name: weight.clone() for name, weight in trained_by(peft_model).items()}
+    part = peft_model.get_base_model().model.multi_modal_projector.linear_1
+    message = r"\['weight', 'bias'\] are loaded into .* 'model.multi_modal_projector', of which adapter .default. has"
+    with pytest.warns(UserWarning, match=message):
+        part.load_state_dict(new_weights(part))
+    assert all(torch.equal(weight, before[name]) for name, weight in trained_by(peft_model).items())
+    with peft_model.disable_adapter():
+        assert torch.equal(part.weight, new_weights(part)["weight"])
+
+
 def test_the_copy_of_the_active_adapter_alone():
     peft_model = adapt(make_llava())
     peft_model.add_adapter("other", make_config())
@@ -93,8 +106,7 @@ def test_the_weights_of_the_base_model_again():
 
 
 def test_adapters_that_are_loaded_afterwards():
-    peft_model, other = adapt(make_llava()), adapt(make_llava())
-    randomise(other, seed=9)
+    peft_model, other = get_peft_model(make_llava(), make_config()), adapt(make_llava())
     part = peft_model.get_base_model().model.multi_modal_projector.linear_1
     part.load_state_dict(new_weights(part))
     weights = {name.replace(".default.", "."): weight for name, weight in trained_by(other).items()}

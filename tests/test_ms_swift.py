@@ -40,7 +40,7 @@ def tuner(monkeypatch):
 
 def test_plugin(tuner, tmp_path):
     model = tuner.prepare_model(None, make_llava())
-    assert len(trained_by(model)) == 13
+    assert len(trained_by(model)) == 10
     assert all(("m2pt_" in name) == parameter.requires_grad for name, parameter in model.named_parameters())
     tuner.save_pretrained(model, tmp_path, state_dict={})
     for kwargs in ({}, {"is_trainable": True}, {"adapter_name": "ref_adapter", "is_trainable": True}):

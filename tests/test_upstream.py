@@ -560,6 +560,8 @@ class TestOneTower:
 
 
 class TestBaseModel:
+    # A copy of the connector that was trained is not lost, which a warning says.
+    @pytest.mark.filterwarnings("ignore:Weights .* are loaded into a part of the connector")
     @pytest.mark.parametrize("kind", KINDS)
     def test_state_dict(self, kind):
         """testing_common._test_get_base_model_state_dict, test_low_level_api.TestGetBaseModelStateDict"""
