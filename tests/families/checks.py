@@ -80,7 +80,9 @@ class Tuned:
         output = model(**self.packed(self.inputs), **make_labels(self.family, self.inputs))
         if getattr(output, "loss", None) is not None:
             return output.loss
-        return sum(tensor.float().clamp(-100, 100).pow(2).mean() for tensor in _floats(output))
+        # Not the squares alone, which say nothing of embeddings of length 1.
+        outputs = [tensor.float().clamp(-100, 100) for tensor in _floats(output)]
+        return sum((tensor + tensor.pow(2)).mean() for tensor in outputs)
 
     def outputs(self, model: nn.Module) -> list[torch.Tensor]:
         """What the model says of tokens that are no padding."""
@@ -234,7 +236,7 @@ def check_padding(tuned: Tuned) -> None:
         for index in (0, 1):
             sample = take_sample(tuned.family, tuned.inputs, index)
             alone = tuned.model(**tuned.packed(sample))
-            for name in ("logits", "text_embeds", "image_embeds", "last_hidden_state"):
+            for name in ("logits", "embeddings", "text_embeds", "image_embeds", "last_hidden_state"):
                 if getattr(together, name, None) is not None:
                     of_sample = together[name][index]
                     length = len(alone[name][0])

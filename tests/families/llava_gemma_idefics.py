@@ -122,6 +122,10 @@ def paligemma():
     )
 
 
+def colpali():
+    return tr.ColPaliConfig(vlm_config=paligemma(), embedding_dim=24)
+
+
 def paligemma_token_types(inputs):
     """0 for the prompt, inside of which attention is bidirectional, 1 for the last four tokens, the answer."""
     token_type_ids = torch.zeros_like(inputs["input_ids"])
@@ -483,6 +487,18 @@ FAMILIES = [
         num_media_tokens=4,
         extra=paligemma_token_types,
         without={"forcing": reasons.SEES_AHEAD},
+    ),
+    # Retrieval: an embedding of length 1 for each token.
+    Family(
+        "colpali",
+        "ColPaliForRetrieval",
+        colpali,
+        media=pixels,
+        num_media_tokens=4,
+        extra=paligemma_token_types,
+        labels=None,
+        generates=False,
+        without={"checkpointing": reasons.NO_CHECKPOINTING},
     ),
     Family(
         "gemma3",

@@ -100,6 +100,17 @@ def qwen2_vl():
     )
 
 
+def colqwen2():
+    return tr.ColQwen2Config(vlm_config=qwen2_vl(), embedding_dim=24)
+
+
+def patches_by_image(inputs):
+    """The patches of each image apart, as ColQwen2 takes them."""
+    if "pixel_values" not in inputs:
+        return inputs
+    return {**inputs, "pixel_values": inputs["pixel_values"].unflatten(0, (len(inputs["image_grid_thw"]), -1))}
+
+
 def qwen2_5_vl():
     return tr.Qwen2_5_VLConfig(
         vision_config=tr.Qwen2_5_VLVisionConfig(**qwen_windowed_vision(tokens_per_second=2)),
@@ -364,6 +375,21 @@ FAMILIES = [
         **WRAPPED,
         extra=qwen_token_types,
         connector=4,
+    ),
+    # Retrieval: an embedding of length 1 for each token.
+    Family(
+        "colqwen2",
+        "ColQwen2ForRetrieval",
+        colqwen2,
+        qwen_images,
+        6,
+        **WRAPPED,
+        extra=qwen_token_types,
+        pack=patches_by_image,
+        labels=None,
+        generates=False,
+        connector=4,
+        without={"checkpointing": reasons.NO_CHECKPOINTING},
     ),
     Family(
         "qwen2_5_vl",
