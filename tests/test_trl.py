@@ -20,7 +20,20 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -453,6 +466,45 @@ class TestGRPO:
         generation._dist = DistributedBackend(Accelerator(cpu=True))
         with pytest.raises(NotImplementedError, match="M2PT cannot be merged"):
             list(generation._iter_named_params())
+
+
+class TestOthers:
+    """With images, everything that is trained moves, and nothing else. What they score is looked at elsewhere."""
+
+    def check(self, trainer):
+        before = snapshot(trainer.model)
+        trainer.train()
+        check_moved(trainer.model, before)
+        assert all(map(math.isfinite, losses_of(trainer)))
+
+    def options(self, rows):
+        return {
+            "train_dataset": Dataset.from_list(rows),
+            "processing_class": make_processor(),
+            "peft_config": make_config(),
+        }
+
+    def test_kto(self, tmp_path):
+        rows = [
+            {"images": [image_of(colour)], "prompt": [QUESTION], "completion": [answer(word)], "label": word == colour}
+            for colour in COLOURS
+            for word in COLOURS
+        ]
+        config = KTOConfig(**arguments(tmp_path))
+        self.check(KTOTrainer(make_llava(), args=config, **self.options(rows)))
+
+    def test_rloo(self, tmp_path):
+        rows = [{"image": image_of(colour), "prompt": [QUESTION]} for colour in COLOURS] * 2
+        config = RLOOConfig(
+            **arguments(tmp_path, num_generations=4, per_device_train_batch_size=8, max_completion_length=5)
+        )
+        trainer = RLOOTrainer(make_llava(), reward_funcs=share_of_low_tokens, args=config, **self.options(rows))
+        self.check(trainer)
+
+    def test_distillation(self, tmp_path):
+        rows = [{"image": image_of(colour), "prompt": [QUESTION]} for colour in COLOURS] * 2
+        config = DistillationConfig(**arguments(tmp_path, max_completion_length=5))
+        self.check(DistillationTrainer(make_llava(), teacher_model=make_llava(), args=config, **self.options(rows)))
 
 
 def share_of_low_tokens(completion_ids, **kwargs):
