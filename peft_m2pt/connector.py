@@ -48,6 +48,8 @@ class M2PTConnector(M2PTLayer):
         # What adapters train of the connector is held by attributes `m2pt_connector_<part>`. Here are the connectors
         # that they are parts of; these are no children of this module, since they share weights with the frozen one.
         self._tuned: dict[str, _Tuned] = {}
+        # Adapters whose own weights are in the state dict that is being loaded.
+        self._being_loaded: set[str] = set()
 
     def update_layer(
         self,
@@ -160,20 +162,30 @@ class M2PTConnector(M2PTLayer):
                 model.register_forward_hook(_forget_image_tokens, always_call=True),
             ]
 
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = [name for name in state_dict if name.startswith(f"{prefix}m2pt_connector")]
+        self._being_loaded = {name for name in self._tuned if any(f".{name}." in weight for weight in own)}
+
+    def _end_of_load(self, *args: Any) -> None:
+        self._being_loaded = set()
+
     def _watch_loads(self) -> None:
+        self.hooks.append(self.register_load_state_dict_post_hook(type(self)._end_of_load))
         for path, part in own_modules(self.base_layer):
             if _layer_name(path) in self.adapter_layer_names:
-                hook = partial(self._take_over, getattr(self, _layer_name(path)))
+                hook = partial(self._take_over, _layer_name(path))
                 self.hooks.append(part.register_load_state_dict_pre_hook(hook))
 
     @torch.no_grad()
     def _take_over(
-        self, copies: nn.ModuleDict, part: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+        self, layer_name: str, part: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
     ) -> None:
         """
         Lets weights that are loaded into a part of the connector count for the copy of the active adapter, as long as
         that has learned nothing yet.
         """
+        copies = getattr(self, layer_name)
         frozen = {**part._parameters, **part._buffers}
         changed = {
             name: state_dict[f"{prefix}{name}"]
@@ -181,6 +193,8 @@ class M2PTConnector(M2PTLayer):
             if weight is not None and _differs(state_dict.get(f"{prefix}{name}"), weight)
         }
         for adapter_name in filter(copies.__contains__, self.active_adapters if changed else []):
+            if adapter_name in self._being_loaded:
+                continue
             weights = {**copies[adapter_name]._parameters, **copies[adapter_name]._buffers}
             if any(_differs(frozen[name], weights[name]) for name in changed):
                 warnings.warn(
