@@ -261,12 +261,11 @@ class TestStates:
         assert torch.cdist(rows[12], rows[12]).fill_diagonal_(1).min() > 1e-2
 
     def test_encoders_for_which_no_image_is_known(self):
-        family = next(family for family in FAMILIES if family.name == "unlimited_ocr")
-        model = of_families.make_model(family, "sdpa")
-        with pytest.warns(
-            UserWarning, match="vision encoder 'model.vision_tower.vision_encoder'.* Visual prompts start at random"
-        ):
-            peft_model = get_peft_model(model, config(num_interaction_tokens=0))
+        family = next(family for family in FAMILIES if family.name == "pix2struct")
+        model = of_families.make_model(family, "eager")
+        with pytest.warns(UserWarning, match="vision encoder 'encoder'.* Visual prompts start at random"):
+            kwargs = {"num_textual_tokens": 0, "num_interaction_tokens": 0, "tune_connector": False}
+            peft_model = get_peft_model(model, config(**kwargs))
         assert all(prompt().any() for prompt in prompts_of(peft_model).values())
 
     def test_visual_prompts_alone(self):
