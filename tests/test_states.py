@@ -224,14 +224,13 @@ class TestStates:
     def test_units(self, rows, unit):
         assert unit_of(torch.tensor(rows)).item() == unit
 
-    @pytest.mark.parametrize("name", BLANK)
-    def test_encoders_of_other_layouts(self, name):
+    @pytest.mark.parametrize(
+        "family", [family for family in FAMILIES if family.is_known and family.name in BLANK], ids=lambda f: f.name
+    )
+    def test_encoders_of_other_layouts(self, family):
         """What an image is to an encoder is told by the names of its arguments."""
-        family = next(family for family in FAMILIES if family.name == name)
-        if not family.is_known:
-            pytest.skip("this version of transformers lacks the family")
         model = of_families.make_model(family, "sdpa")
-        path, norm, arguments = BLANK[name]
+        path, norm, arguments = BLANK[family.name]
         seen = []
         hook = model.get_submodule(f"{path}.{norm}").register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -261,11 +260,10 @@ class TestStates:
         assert torch.cdist(rows[12], rows[12]).fill_diagonal_(1).min() > 1e-2
 
     def test_encoders_for_which_no_image_is_known(self):
-        family = next(family for family in FAMILIES if family.name == "pix2struct")
-        model = of_families.make_model(family, "eager")
-        with pytest.warns(UserWarning, match="vision encoder 'encoder'.* Visual prompts start at random"):
-            kwargs = {"num_textual_tokens": 0, "num_interaction_tokens": 0, "tune_connector": False}
-            peft_model = get_peft_model(model, config(**kwargs))
+        model = make_llava()
+        model.model.vision_tower.config.image_size = None
+        with pytest.warns(UserWarning, match="vision encoder 'model.vision_tower'.* Visual prompts start at random"):
+            peft_model = get_peft_model(model, config())
         assert all(prompt().any() for prompt in prompts_of(peft_model).values())
 
     def test_visual_prompts_alone(self):
