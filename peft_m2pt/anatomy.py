@@ -20,10 +20,11 @@ from .attention import find_attention_call, find_extension
 from .config import M2PTConfig
 from .dataflow import ChildCall, Flow, find_calls, first_reader
 from .errors import UnsupportedModelError
+from .names import uncompiled
 from .positions import Rotary, find_rotary
 from .towers import FIELDS, TOWERS, Kind, find_tower
 from .upstream import recorded_attention_classes
-from .wrappers import own_module
+from .wrappers import own_module, own_part
 
 
 # Arguments with which a layer hands another sequence to an attention module, which is cross-attention then.
@@ -109,7 +110,7 @@ class Connector:
     @property
     def module(self) -> nn.Module:
         """The connector, or what has taken its place."""
-        return getattr(self.parent, self.name)
+        return uncompiled(getattr(self.parent, self.name))
 
     def grouped(self, rows: torch.Tensor) -> torch.Tensor:
         """Arranges rows as a batch of one image token each, `(num_tokens, rows_per_token, width)`."""
@@ -338,9 +339,9 @@ def _find_input(model: nn.Module, path: str, way_out: str) -> tuple[nn.Module, t
     attention_path = path
     while True:
         parent_path, _, name = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
+        parent = own_part(model, parent_path)
         if isinstance(parent, nn.ModuleList):
-            return model.get_submodule(path), ()
+            return own_part(model, path), ()
         calls = find_calls(parent, name)
         if any(OTHER_SEQUENCES & call.arguments for call in calls):
             return None

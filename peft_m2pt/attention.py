@@ -3,7 +3,7 @@ Attention functions that see prompt rows.
 
 A prompt acts only through its key and its value in its own layer, since the layer's output at the prompt rows is
 thrown away. So no sequence gets longer. While [`~peft_m2pt.layer.M2PTAttention`] calls the attention module that it
-wraps, the attention function which that module calls through transformers' `AttentionInterface` either
+adapts, the attention function which that module calls through transformers' `AttentionInterface` either
 
 - *records* the key and the value it is given, when the module runs on the prompt rows, or
 - *attends* with these rows in front of key and value, when the module runs on the tokens.
@@ -367,8 +367,7 @@ def attend_to_rows(
     path: str,
     rows: Rows | Sequence[Rows | None],
     record: Callable[[int], Rows] | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: Callable[[], Any],
 ) -> Any:
     """
     Calls an attention module, which attends to prompt rows besides its own tokens.
@@ -382,8 +381,8 @@ def attend_to_rows(
             Key and value of its prompt rows, or those of each image, where it treats each on its own.
         record (`Callable[[int], Rows]`, *optional*):
             Gives those of a later call of the attention function. `None` if they are the same for all calls.
-        args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
-            Its arguments.
+        call (`Callable[[], Any]`):
+            Calls the module on its tokens.
 
     Returns:
         `Any`: What the module returns.
@@ -392,7 +391,7 @@ def attend_to_rows(
         UnsupportedModelError: If no attention function was called, or with something that is added to scores.
     """
     attender = _Attender(module, path, rows, record)
-    output = _run(attender, module, *args, **kwargs)
+    output = _run(attender, call)
     if attender.num_calls == 0:
         raise _goes_round(module, path)
     return output

@@ -1,16 +1,16 @@
-"""What the layers of M2PT have in common: standing in the place of a module of the base model."""
+"""What the layers of M2PT have in common: being called in the place of a module of the base model."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapted import adapt, base_modules
 from .prompt import M2PTPrompt
 from .upstream import offloaded_to
 
@@ -47,10 +47,12 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
     Returns:
         `torch.dtype`, or `None` if it has no floating-point tensors.
     """
-    for tensors in (module.parameters(), module.buffers()):
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                return tensor.dtype
+    holders = list(base_modules(module))
+    for tensors in (nn.Module.parameters, nn.Module.buffers):
+        for holder in holders:
+            for tensor in tensors(holder, recurse=False):
+                if tensor.is_floating_point():
+                    return tensor.dtype
     return None
 
 
@@ -66,7 +68,7 @@ def device_of(module: nn.Module) -> torch.device | None:
     Returns:
         `torch.device`, or `None` if it has no tensors.
     """
-    for holder in module.modules():
+    for holder in base_modules(module):
         for tensor in own_tensors(holder):
             return offloaded_to(holder) or tensor.device
     return None
@@ -74,7 +76,8 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 class M2PTLayer(nn.Module, BaseTunerLayer):
     """
-    A wrapper around a module of the base model, in whose place it stands.
+    What is called in the place of a module of the base model. The module holds its weights, see
+    [`~peft_m2pt.adapted.Adapted`].
 
     Args:
         base_layer (`nn.Module`):
@@ -83,8 +86,25 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.training = base_layer.training
+        # No child, as the module is where it was.
+        self.__dict__["base_layer"] = base_layer
         self.hooks: list[RemovableHandle] = []
+        for name in self.adapter_layer_names:
+            self.add_weights(name)
+        adapt(base_layer, self)
+
+    def add_weights(self, layer_name: str) -> None:
+        """
+        Makes a place for weights of adapters.
+
+        Args:
+            layer_name (`str`):
+                Its name, which is in `adapter_layer_names`.
+        """
+        weights = nn.ModuleDict()
+        self.add_module(layer_name, weights)
+        self.base_layer.add_module(layer_name, weights)
 
     def remove_hooks(self) -> None:
         """Removes what the layer has hung on other modules."""
@@ -159,16 +179,6 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         raise NotImplementedError("M2PT cannot be merged, so there is nothing to unmerge.")
-
-    def __getattr__(self, name: str) -> Any:
-        # Models read attributes of the modules of which these wrappers have taken the place. Private ones are no
-        # business of theirs, and those of accelerate would have it believe that it has prepared the wrapper.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            return getattr(self.base_layer, name)
 
     def __repr__(self) -> str:
         return "m2pt." + super().__repr__()

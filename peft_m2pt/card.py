@@ -59,7 +59,8 @@ def _create_or_update_model_card(model: PeftModel, output_dir: str, repo_id: str
     # PEFT replaces them by its own.
     tags = (ModelCard.load(path).data.tags or []) if path.exists() else []
     type(model).create_or_update_model_card(model, output_dir)
-    Card.of(model).write(output_dir, tags, repo_id)
+    if model.base_model.own_configs:  # all may be deleted by now
+        Card.of(model).write(output_dir, tags, repo_id)
 
 
 def _upload_modified_files(model: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The interaction layer f_in: the wrapper around the connector of a multimodal model."""
+"""The interaction layer f_in: what is called in the place of the connector of a multimodal model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .adapted import layer_of
 from .anatomy import Connector
 from .base import M2PTLayer, device_of, dtype_of
 from .graft import copied_parts, graft, low_rank_parts, own_modules
@@ -44,7 +45,6 @@ class M2PTConnector(M2PTLayer):
     def __init__(self, site: Connector) -> None:
         super().__init__(site.module)
         self.site = site
-        self.m2pt_interaction = nn.ModuleDict()
         # What adapters train of the connector is held by attributes `m2pt_connector_<part>`. Here are the connectors
         # that they are parts of; these are no children of this module, since they share weights with the frozen one.
         self._tuned: dict[str, _Tuned] = {}
@@ -81,7 +81,7 @@ class M2PTConnector(M2PTLayer):
                 layer_name = _layer_name(path)
                 if layer_name not in self.adapter_layer_names:
                     self.adapter_layer_names = (*self.adapter_layer_names, layer_name)
-                    setattr(self, layer_name, nn.ModuleDict())
+                    self.add_weights(layer_name)
                 getattr(self, layer_name)[adapter_name] = part
             if rank is None and not any(tuned.is_copy for tuned in self._tuned.values()):
                 self._watch_loads()
@@ -162,8 +162,9 @@ class M2PTConnector(M2PTLayer):
                 model.register_forward_hook(_forget_image_tokens, always_call=True),
             ]
 
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _begin_of_load(
+        self, connector: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
         own = [name for name in state_dict if name.startswith(f"{prefix}m2pt_connector")]
         self._being_loaded = {name for name in self._tuned if any(f".{name}." in weight for weight in own)}
 
@@ -171,7 +172,8 @@ class M2PTConnector(M2PTLayer):
         self._being_loaded = set()
 
     def _watch_loads(self) -> None:
-        self.hooks.append(self.register_load_state_dict_post_hook(type(self)._end_of_load))
+        self.hooks.append(self.base_layer.register_load_state_dict_pre_hook(self._begin_of_load))
+        self.hooks.append(self.base_layer.register_load_state_dict_post_hook(self._end_of_load))
         for path, part in own_modules(self.base_layer):
             if _layer_name(path) in self.adapter_layer_names:
                 hook = partial(self._take_over, _layer_name(path))
@@ -270,7 +272,7 @@ class M2PTConnector(M2PTLayer):
         # accelerate brings what the frozen connector is given to its device, but not what is given to another one.
         arguments = _bring(arguments, device_of(self.base_layer))
         if not names:
-            return self.base_layer(**arguments)
+            return self.base_layer.call_without_adapters(**arguments)
         tuned = self._tuned[names[0]]
         if not tuned.is_copy:
             return tuned.connector(**arguments)
@@ -318,7 +320,7 @@ def project(site: Connector, rows: torch.Tensor, adapter_name: str) -> torch.Ten
 
     Args:
         site ([`~peft_m2pt.anatomy.Connector`]):
-            The connector, which may be wrapped in an [`M2PTConnector`].
+            The connector, which may be adapted.
         rows (`torch.Tensor` of shape `(num_interaction_tokens * rows_per_token, width)`):
             Interaction prompts.
         adapter_name (`str`):
@@ -328,8 +330,8 @@ def project(site: Connector, rows: torch.Tensor, adapter_name: str) -> torch.Ten
         `torch.Tensor` of shape `(num_interaction_tokens, text_width)`.
     """
     module = site.module
-    own = module.base_layer if isinstance(module, M2PTConnector) else module
-    dtype = dtype_of(own) or rows.dtype
-    if isinstance(module, M2PTConnector):
-        return module.project(rows.to(dtype), adapter_name)
+    dtype = dtype_of(module) or rows.dtype
+    layer = layer_of(module)
+    if layer is not None:
+        return layer.project(rows.to(dtype), adapter_name)
     return module(site.grouped(rows.to(device_of(module), dtype))).flatten(0, -2)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .upstream import checkpoints_reentrantly
+from .wrappers import own_module, own_part
 
 
 class LetGradientsIn:
@@ -41,7 +42,7 @@ class LetGradientsIn:
         for holder in self.holders[:-1]:
             children = [] if isinstance(holder, nn.ModuleList) else holder.children()
             for child in children:
-                is_around = any(child is other for other in self.holders)
+                is_around = any(own_module(child) is other for other in self.holders)
                 if not is_around and any(True for _ in child.parameters()):
                     handles.append(child.register_forward_hook(self))
         return handles
@@ -65,4 +66,4 @@ def let_gradients_in(model: nn.Module, tower_path: str, layer_path: str) -> list
     parts = layer_path.removeprefix(tower_path).strip(".").split(".")
     end = next(i for i, part in enumerate(parts) if part.isdigit()) + 1
     paths = [".".join([tower_path, *parts[:i]]).strip(".") for i in range(end + 1)]
-    return LetGradientsIn([model.get_submodule(path) for path in paths]).register()
+    return LetGradientsIn([own_part(model, path) for path in paths]).register()

@@ -19,7 +19,9 @@ from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .adapted import base_children, without_adapters
 from .base import device_of
+from .names import uncompiled
 from .upstream import FetchingFor
 from .wrappers import own_module
 
@@ -63,12 +65,13 @@ def shape_of(module: nn.Module) -> nn.Module:
     Returns:
         `nn.Module`
     """
+    module = uncompiled(module)
     if is_linear(module):
         return nn.Linear(module.in_features, module.out_features, device="meta")
     twin = _bare_copy(module)
     twin._parameters = {name: _shape_of_tensor(weight) for name, weight in module._parameters.items()}
     twin._buffers = {name: _shape_of_tensor(buffer) for name, buffer in module._buffers.items()}
-    twin._modules = {name: shape_of(child) for name, child in module._modules.items()}
+    twin._modules = {name: shape_of(child) for name, child in base_children(module)}
     return twin
 
 
@@ -84,7 +87,7 @@ def own_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
     """Yields path and module of all modules inside of one, as if no adapters of other methods were there."""
     module = own_module(module)
     yield path, module
-    for name, child in module.named_children():
+    for name, child in base_children(module):
         yield from own_modules(child, f"{path}.{name}" if path else name)
 
 
@@ -119,7 +122,7 @@ def _bare_copy(module: nn.Module) -> nn.Module:
     A copy that shares all but hooks, and what accelerate has put around the `forward` of a module, which would call
     that.
     """
-    twin = copy.copy(module)
+    twin = without_adapters(copy.copy(module))
     for name in ("forward", "_old_forward", "_hf_hook"):
         twin.__dict__.pop(name, None)
     twin.__dict__.update({name: type(hooks)() for name, hooks in vars(twin).items() if "_hooks" in name})
@@ -218,6 +221,8 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     Returns:
         `nn.Module`: A module that shares with the first all that is not among the parts.
     """
+    # What is compiled would call the frozen weights.
+    module = uncompiled(module)
     if f"{path}.lora_A" in parts:
         return LowRankLinear(module, parts[f"{path}.lora_A"], parts[f"{path}.lora_B"])
     if isinstance(module, AuxiliaryTrainingWrapper):
@@ -226,10 +231,10 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     if isinstance(module, BaseTunerLayer):
         # Another adapter, whose update stays on top.
         grafted = _bare_copy(module)
-        grafted._modules = {**module._modules, "base_layer": graft(module.base_layer, parts, path)}
+        grafted._modules = {**dict(base_children(module)), "base_layer": graft(module.base_layer, parts, path)}
         call_hooks_of(module, grafted)
         return grafted
-    children = dict(module.named_children())
+    children = dict(base_children(module))
     if path in parts and not children:
         return parts[path]
     has_parts = any(part == path or part.startswith(f"{path}." if path else "") for part in parts)

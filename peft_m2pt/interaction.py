@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from .anatomy import Connector, tower_width
-from .base import M2PTLayer
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
 from .graft import shape_of
+from .names import plain, uncompiled
 from .towers import has_tower
-from .wrappers import own_module
+from .wrappers import own_module, own_part
 
 
 # The connector, by the last part of its module path.
@@ -49,9 +49,10 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
     Raises:
         UnsupportedModelError: If there is none.
     """
-    path = config.connector
+    path = None if config.connector is None else plain(config.connector)
     if path is None:
-        paths = (path for path, _ in model.named_modules() if path.rpartition(".")[2] in CONNECTORS)
+        paths = (plain(path) for path, _ in model.named_modules())
+        paths = (path for path in paths if path.rpartition(".")[2] in CONNECTORS)
         path = next(paths, None)
     if path is None:
         raise UnsupportedModelError(
@@ -60,13 +61,12 @@ def find_connector(model: nn.Module, config: M2PTConfig) -> Connector:
         )
     parent_path, _, name = path.rpartition(".")
     try:
-        parent = model.get_submodule(parent_path)
-        module = parent.get_submodule(name)
+        parent = own_part(model, parent_path)
+        module = uncompiled(parent.get_submodule(name))
     except AttributeError:
         raise UnsupportedModelError(
             f"connector={path!r}: {type(model).__name__} has no module of this path."
         ) from None
-    module = module.base_layer if isinstance(module, M2PTLayer) else module
     layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
     num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
     widths = [num_layers * tower_width(model, "visual", config), *_widths_of_linears(module)]

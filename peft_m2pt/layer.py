@@ -1,4 +1,4 @@
-"""Where prompts live: the wrapper around each adapted self-attention module."""
+"""Where prompts live: what is called in the place of each adapted self-attention module."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapted import base_class, base_modules
 from .anatomy import Connector, Site
 from .arguments import Role, check_call, read_signature
 from .attention import attend_to_rows, extend_attention_function, record_rows
@@ -48,9 +49,7 @@ class M2PTAttention(M2PTLayer):
     def __init__(self, site: Site) -> None:
         super().__init__(site.attention)
         self.site = site
-        self.m2pt_prompt = nn.ModuleDict()
-        self.m2pt_interaction = nn.ModuleDict()
-        self.signature = read_signature(type(site.attention))
+        self.signature = read_signature(base_class(site.attention))
         self._kept: _KeptRows | None = None
 
     def update_layer(
@@ -89,19 +88,21 @@ class M2PTAttention(M2PTLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the base layer, which attends to the prompts of the active adapters besides its own tokens."""
+        """Calls the adapted module, which attends to the prompts of the active adapters besides its own tokens."""
         adapters, base_layer = self._wanted_adapters(), self.base_layer
         if not adapters:
             if self.site.kind == "textual":
                 note_starts(base_layer, self.site.path, self.signature, args, kwargs)
-            return base_layer(*args, **kwargs)
+            return base_layer.call_without_adapters(*args, **kwargs)
         extend_attention_function(base_layer, self.site.path)
         arguments = self.signature.bind(args, kwargs)
         check_call(self.signature, arguments, base_layer, self.site.path)
         # Images that stand in one row share their rows, whether they are attended to one by one or not.
         is_packed = self.signature.find(Role.BOUNDARIES, arguments) is not None
         record = None if is_packed else partial(self._rows, adapters, arguments)
-        return attend_to_rows(base_layer, self.site.path, self._rows(adapters, arguments, 0), record, args, kwargs)
+        rows = self._rows(adapters, arguments, 0)
+        call = partial(base_layer.call_without_adapters, *args, **kwargs)
+        return attend_to_rows(base_layer, self.site.path, rows, record, call)
 
     @property
     def is_active(self) -> bool:
@@ -182,11 +183,13 @@ class M2PTAttention(M2PTLayer):
 
     def _sources(self, adapters: Sequence[str]) -> list[nn.Module]:
         """The modules from whose weights key and value of the prompts are computed."""
-        modules = [*(getattr(self.site.block, name) for name in self.site.norms), self.base_layer]
+        modules = list(base_modules(self.base_layer))
+        for name in self.site.norms:
+            modules += getattr(self.site.block, name).modules()
         for name in adapters:
             modules += [prompts[name] for prompts in (self.m2pt_prompt, self.m2pt_interaction) if name in prompts]
         if self.site.connector is not None:
-            modules.append(self.site.connector.module)
+            modules += self.site.connector.module.modules()
         return modules
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -198,7 +201,7 @@ class M2PTAttention(M2PTLayer):
         super().delete_adapter(adapter_name)
 
     def _record(self, adapters: Sequence[str], arguments: dict[str, Any], starts: Starts | None, call: int) -> Rows:
-        """Lets the base layer compute key and value of the prompts of some adapters, for each start."""
+        """Lets the adapted module compute key and value of the prompts of some adapters, for each start."""
         tokens = arguments[self.signature.input_name]
         prompts = [self._prompt(name, tokens) for name in adapters]
         hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
@@ -243,8 +246,7 @@ class _KeptRows:
         self.key = key
         self.weights = [
             (tensors, name, weight, _version(weight), _pointer(weight))
-            for source in sources
-            for module in source.modules()
+            for module in sources
             # Many quantised layers keep their weights in buffers.
             for tensors in (module._parameters, module._buffers)
             for name, weight in tensors.items()

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.functional import delete_adapter
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from .adapted import layer_of, release
 from .anatomy import find_sites
 from .base import NOT_MERGEABLE, M2PTLayer
 from .card import own_card
@@ -28,6 +31,7 @@ from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
+from .names import call_anew, plain, uncompiled
 from .packing import refuse_boundaries_of_text, refuse_mixed_sequences
 from .processes import agree_on_scales, let_take_part
 from .prompt import M2PTPrompt
@@ -38,9 +42,11 @@ from .stacking import (
     WRAPPER_PREFIX,
     check_name,
     check_name_is_free,
+    check_nesting,
     keeping_trained_modules,
     refuse_later_adapters,
-    with_prefix,
+    without_passing_wrappers,
+    without_prefix,
     without_wrappers,
     wrapper_prefix,
 )
@@ -85,7 +91,9 @@ class M2PTModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_name_is_free(model, adapter_name)
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        # No child: whoever asks a `PeftModel` for its base model, as trainers do, is to get the base model.
+        self._wrapped = [model]
+        super().__init__(without_passing_wrappers(model), peft_config, adapter_name, *args, **kwargs)
 
     @property
     def own_configs(self) -> dict[str, M2PTConfig]:
@@ -180,9 +188,11 @@ class M2PTModel(BaseTuner):
                 take_back()
                 self._source = None
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self.targeted_module_names = list(dict.fromkeys(map(plain, self.targeted_module_names)))
             if self._initialise.scales and not self._init_is_overwritten:
                 agree_on_scales(model, adapter_name)
             self._prepare_entrances(model, adapter_name)
+            call_anew(model)
             self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
         except Exception as error:
             take_back()
@@ -206,9 +216,8 @@ class M2PTModel(BaseTuner):
         config = self.peft_config[adapter_name]
         first_layers = {}
         for kind in ("visual", "textual"):
-            modules = (model.get_submodule(path) for path, site in self._sites.items() if site.kind == kind)
-            layers = (module for module in modules if isinstance(module, M2PTAttention))
-            layer = next((layer for layer in layers if layer._adapters([adapter_name])), None)
+            layers = (layer_of(site.attention) for site in self._sites.values() if site.kind == kind)
+            layer = next((layer for layer in layers if layer and layer._adapters([adapter_name])), None)
             if layer is None:
                 continue
             first_layers[kind] = layer
@@ -234,8 +243,8 @@ class M2PTModel(BaseTuner):
         if layer := first_layers.get("visual"):
             _, tower = find_tower(model, "visual", config)
             layer.hooks += let_take_part(model, tower, layer, decoder)
-        connector = self._connector.module if self._connector is not None else None
-        if isinstance(connector, M2PTConnector):
+        connector = layer_of(self._connector.module) if self._connector is not None else None
+        if connector is not None:
             next(iter(first_layers.values())).hooks += let_take_part(model, connector, connector, decoder)
 
     def _take_back(self, model: nn.Module, adapter_name: str) -> None:
@@ -248,9 +257,11 @@ class M2PTModel(BaseTuner):
                 module.delete_adapter(adapter_name, *([] if is_layer else [module.active_adapters]))
                 continue
             if is_layer:
-                module.remove_hooks()
-            parent_path, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent_path), name, module.base_layer if is_layer else module.original_module)
+                release(module.base_layer)
+            else:
+                parent_path, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent_path), name, module.original_module)
+        call_anew(model)
 
     def _prepare_adapter_config(self, peft_config: M2PTConfig, model_config: dict) -> M2PTConfig:
         return peft_config
@@ -258,6 +269,7 @@ class M2PTModel(BaseTuner):
     def _prepare_model(self, peft_config: M2PTConfig, model: nn.Module) -> None:
         # PEFT calls this before it changes anything, so this is where a model is refused.
         _check_disk_offload(model)
+        _check_compiled_modules(model, peft_config)
         if self._source is not None:
             self._load_weights(model, peft_config)
         sites = find_sites(model, peft_config)
@@ -283,6 +295,7 @@ class M2PTModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: M2PTConfig, key: str) -> Any:
         # PEFT also takes modules whose paths only end in that of a target.
+        key = plain(key)
         return key in self._targets and super()._check_target_module_exists(peft_config, key)
 
     def _check_connector(self, peft_config: M2PTConfig) -> None:
@@ -334,6 +347,7 @@ class M2PTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = plain(current_key)
         if current_key not in self._targets:  # PEFT has found it in a state dict
             raise ValueError(
                 f"The state dict has weights for '{current_key}', to which the config of adapter '{adapter_name}' "
@@ -341,23 +355,22 @@ class M2PTModel(BaseTuner):
             )
         in_layers = peft_config.interaction_placement == "layers"
         num_interaction_tokens = peft_config.resolved["num_interaction_tokens"]
+        layer = layer_of(uncompiled(target))
+        if layer is not None and adapter_name in layer._get_available_adapters():
+            # PEFT comes here twice, if the module itself is compiled.
+            return
         if current_key in self._sites:
             site = self._sites[current_key]
-            if not isinstance(target, M2PTAttention):
-                target = M2PTAttention(site)
-                self._replace_module(parent, target_name, target, site.attention)
+            layer = layer or M2PTAttention(site)
             num_tokens = peft_config.num_visual_tokens if site.kind == "visual" else peft_config.num_textual_tokens
             num_interaction_tokens = num_interaction_tokens if in_layers and site.kind == "textual" else 0
-            target.update_layer(adapter_name, num_tokens, num_interaction_tokens, site.connector, self._initialise)
+            layer.update_layer(adapter_name, num_tokens, num_interaction_tokens, site.connector, self._initialise)
         else:
-            if not isinstance(target, M2PTConnector):
-                connector = target
-                target = M2PTConnector(self._connector)
-                self._replace_module(parent, target_name, target, connector)
+            layer = layer or M2PTConnector(self._connector)
             num_interaction_tokens = 0 if in_layers else num_interaction_tokens
             if num_interaction_tokens > 0:
-                target.register_hooks(without_wrappers(self.model))
-            target.update_layer(
+                layer.register_hooks(without_wrappers(self.model))
+            layer.update_layer(
                 adapter_name,
                 peft_config.tune_connector,
                 peft_config.connector_rank,
@@ -409,22 +422,28 @@ class M2PTModel(BaseTuner):
             self._check_merge_allowed()
         names = set(self.own_configs)
         for path, module in list(self.model.named_modules()):
-            parent_path, _, name = path.rpartition(".")
             if isinstance(module, M2PTLayer):
-                module.remove_hooks()
-                setattr(self.model.get_submodule(parent_path), name, module.base_layer)
+                release(module.base_layer)
             elif isinstance(module, ModulesToSaveWrapper) and names.issuperset(module.modules_to_save):
+                parent_path, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent_path), name, module.original_module)
+        call_anew(self.model)
         if names.issuperset(self.peft_config):
             del without_wrappers(self.model).peft_config
         else:
             for name in names:
                 del self.peft_config[name]
-        return self.model
+        return self._wrapped[0]
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies the `weight` of what is replaced, which attention modules do not have.
-        setattr(parent, child_name, new_module)
+    def delete_adapter(self, adapter_name: str) -> None:
+        config = self.peft_config.get(adapter_name)
+        super().delete_adapter(adapter_name)
+        if not isinstance(config, M2PTConfig):
+            delete_adapter(self.model, adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type])
+        if not self.active_adapters and self.peft_config:
+            layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+            others = (layer.active_adapters for layer in layers if not isinstance(layer, M2PTLayer))
+            self.active_adapter = next(others, [])
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(NOT_MERGEABLE)
@@ -439,19 +458,30 @@ class M2PTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # Of all that PEFT does to save a model, this is where the method gets to see it.
-        if isinstance(model, PeftModel):
-            config.resolved = model.base_model.resolved[adapter_name]
+        if isinstance(model, PeftModel) and not isinstance(model.base_model, M2PTModel):
+            check_nesting(model)
+        tuner = next((module for module in model.modules() if isinstance(module, M2PTModel)), None)
+        if tuner is not None:  # not so where M2PT was injected, or where the model that it was added to is saved
+            config.resolved = tuner.resolved[adapter_name]
             own_card(model, config)
         state_dict = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         state_dict |= _left_out_scales(model, state_dict)
-        return {with_prefix(name, WRAPPER_PREFIX): weight for name, weight in state_dict.items()}
+        # Another `PeftModel` may stand around this one.
+        prefix = WRAPPER_PREFIX if isinstance(model, PeftModel) else ""
+        return {prefix + without_prefix(name): weight for name, weight in state_dict.items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT also asks this way for the names under which it finds weights in a checkpoint.
+        return super()._remove_adapter_name_from_key(plain(key), adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # What was saved of a model without a `PeftModel` around it has no prefix.
         if prefix := wrapper_prefix(model):
-            state_dict = {with_prefix(name, prefix): weight for name, weight in state_dict.items()}
+            state_dict = {prefix + without_prefix(name): weight for name, weight in state_dict.items()}
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, state_dict)
         return state_dict
@@ -467,6 +497,16 @@ def _left_out_scales(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> d
             if f"{path}.weight" in state_dict and f"{path}.scale" not in state_dict:
                 scales[f"{path}.scale"] = module.scale
     return scales
+
+
+def _check_compiled_modules(model: nn.Module, config: M2PTConfig) -> None:
+    """Refuses to train modules of compiled parts, which PEFT would not find again in what was saved."""
+    for path, _ in model.named_modules():
+        if plain(path) != path and any(path.endswith(name) for name in config.modules_to_save or ()):
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save} names '{plain(path)}', which is in a part of the model "
+                f"that is compiled, so that PEFT could not load it again. Compile this part after get_peft_model."
+            )
 
 
 def _check_disk_offload(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .arguments import Role, Signature
 from .starts import Starts
+from .wrappers import own_part
 
 
 # Towers with several rotary modules: the attribute that names a layer's, and what its values stand for.
@@ -73,7 +74,7 @@ def find_rotary(model: nn.Module, path: str, attention: nn.Module, layer: int) -
     """
     while path:
         path = path.rpartition(".")[0]
-        holder = model.get_submodule(path)
+        holder = own_part(model, path)
         rotaries = {name: child for name, child in holder.named_children() if name.startswith("rotary")}
         if rotaries:
             return _rotary(_choose_rotary(rotaries, holder, layer), attention, layer)

@@ -12,6 +12,7 @@ from torch import nn
 
 from .connector import M2PTConnector
 from .layer import M2PTAttention
+from .names import plain
 
 
 COLUMNS = ("adapter", "part", "module", "layers", "tokens", "parameters", "share", "gradient norm")
@@ -98,6 +99,7 @@ def measure(model: nn.Module) -> list[Part]:
     tokens: dict[tuple[str, ...], set[int]] = defaultdict(set)
     parameters: dict[tuple[str, ...], list[nn.Parameter]] = defaultdict(list)
     for name, module in model.named_modules():
+        name = plain(name)
         if isinstance(module, M2PTAttention):
             for part, prompts in ((module.site.kind, module.m2pt_prompt), ("interaction", module.m2pt_interaction)):
                 for adapter, prompt in prompts.items():

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -29,6 +29,25 @@ def without_wrappers(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_passing_wrappers(model: nn.Module) -> nn.Module:
+    """
+    The model inside of `PeftModel`s that do no more than to call it. Prompt tuning and AdaLoRA compute something
+    themselves, for example.
+    """
+    while isinstance(model, PeftModel) and _passes(model):
+        model = model.get_base_model()
+    return model
+
+
+def _passes(model: PeftModel) -> bool:
+    """Whether a `PeftModel` gives what the model inside gives, which has the adapters in it."""
+    tuner = model.base_model
+    if not isinstance(tuner, BaseTuner) or type(tuner).forward is not BaseTuner.forward:
+        return False
+    # aLoRA looks for its invocation in each input.
+    return not any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values())
+
+
 def wrapper_prefix(model: nn.Module) -> str:
     """What a model's `PeftModel`s, of which there may be one inside of the other, put in front of names in it."""
     prefix = ""
@@ -38,10 +57,9 @@ def wrapper_prefix(model: nn.Module) -> str:
     return prefix
 
 
-def with_prefix(name: str, prefix: str) -> str:
-    """A weight's name with another wrapper prefix, if it has one, so that checkpoints do not tell of stacking."""
-    plain_name = re.sub(rf"^({re.escape(WRAPPER_PREFIX)})+", "", name)
-    return name if plain_name == name else prefix + plain_name
+def without_prefix(name: str) -> str:
+    """A weight's name in the model itself, so that checkpoints do not tell of stacking."""
+    return re.sub(rf"^({re.escape(WRAPPER_PREFIX)})+", "", name)
 
 
 def check_name(adapter_name: str) -> None:
@@ -76,6 +94,25 @@ def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             f"The model already has an adapter '{adapter_name}' ({existing.peft_type.value}). Give this one another "
             f"name, as in get_peft_model(model, config, adapter_name='m2pt'), or remove the other first with unload()."
+        )
+
+
+def check_nesting(model: PeftModel) -> None:
+    """
+    Checks that what another method has added to a model with M2PT is saved under names that can be loaded.
+
+    Args:
+        model (`PeftModel`):
+            The `PeftModel` of the other method.
+
+    Raises:
+        ValueError: If PEFT would put the names of two `PeftModel`s, one inside of the other, into them.
+    """
+    if isinstance(model.get_base_model(), PeftModel):
+        raise ValueError(
+            f"{type(model.base_model).__name__} was added around the PeftModel of M2PT, so that PEFT would save its "
+            f"adapters under names that no other model has. Add them to the base model instead, with "
+            f"get_peft_model(model.get_base_model(), config, adapter_name=...), or add them first, and M2PT then."
         )
 
 
@@ -128,7 +165,7 @@ class RefuseLaterAdapters:
             if not isinstance(module, M2PTLayer):
                 continue
             for part, _ in module.base_layer.named_modules():
-                if check_target_module_exists(config, f"{path}.{part}"):
+                if check_target_module_exists(config, f"{path}.{part}".strip(".")):
                     raise ValueError(
                         f"Adapter '{name}' ({config.peft_type.value}) was added after M2PT, and PEFT has passed over "
                         f"'{path}.{part}', since M2PT has adapted '{path}'. Add it to the model first, and M2PT then."

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
+from .names import plain
+from .wrappers import own_module, own_part
 
 
 Kind = Literal["visual", "textual"]
@@ -38,7 +40,7 @@ def find_tower(model: nn.Module, kind: Kind, config: M2PTConfig) -> tuple[str, n
     path = getattr(config, field)
     if path is not None:
         try:
-            return path, model.get_submodule(path)
+            return plain(path), own_part(model, path)
         except AttributeError:
             raise UnsupportedModelError(
                 f"{field}={path!r}: {type(model).__name__} has no module of this path."
@@ -50,7 +52,7 @@ def find_tower(model: nn.Module, kind: Kind, config: M2PTConfig) -> tuple[str, n
             f"No {TOWERS[kind]} was found in {type(model).__name__}. Name its module path with {field}=..., or set "
             f"num_{kind}_tokens=0 to do without {kind} prompts."
         )
-    return next(path for path, module in model.named_modules() if module is tower), tower
+    return plain(next(path for path, module in model.named_modules() if module is tower)), tower
 
 
 def has_tower(model: nn.Module, kind: Kind, config: M2PTConfig) -> bool:
@@ -71,7 +73,7 @@ def _look_up_encoder(model: PreTrainedModel) -> nn.Module | None:
             return encoder
     for path, module in model.named_modules():
         if path.rpartition(".")[2] in VISION_ENCODERS:
-            return module
+            return own_module(module)
     if model.main_input_name == "input_ids":
         return None
     # An encoder alone, or one in front of a decoder that writes text.
@@ -101,7 +103,7 @@ def _descend(model: PreTrainedModel, step: Callable[[PreTrainedModel], nn.Module
         inner = step(module)
         if inner is None or inner is module:
             break
-        module = inner
+        module = own_module(inner)
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             break
     return module

@@ -21,6 +21,7 @@ from transformers import Cache
 
 import peft_m2pt.layer
 from peft_m2pt import M2PTAttention
+from peft_m2pt.adapted import layer_of
 from peft_m2pt.prompt import M2PTPrompt
 
 
@@ -219,7 +220,8 @@ def test_rows_belong_to_a_cache():
 
 def test_kept_rows_are_not_copied():
     peft_model = adapt(make_llava())
-    layer = peft_model.get_base_model().model.language_model.layers[0].self_attn
+    attention = peft_model.get_base_model().model.language_model.layers[0].self_attn
+    layer = layer_of(attention)
     past = {}
 
     def remember(module, args, kwargs):
@@ -229,7 +231,7 @@ def test_kept_rows_are_not_copied():
     layer.register_forward_pre_hook(remember, with_kwargs=True)
     peft_model.generate(**without_labels(make_inputs()), max_new_tokens=2)
     assert layer._kept.cache() is past["cache"]
-    assert copy.deepcopy(layer)._kept is None and layer.__getstate__()["_kept"] is None
+    assert layer_of(copy.deepcopy(attention))._kept is None and layer.__getstate__()["_kept"] is None
 
 
 @pytest.mark.parametrize("part", ["m2pt_prompt", "m2pt_interaction", "m2pt_connector", "k_proj", "norm"])

@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
 from peft_m2pt import M2PTAttention, M2PTConfig, UnsupportedModelError
+from peft_m2pt.adapted import layer_of
 
 
 PATH = "model.language_model.layers.0.self_attn"
@@ -69,13 +70,13 @@ class TestOtherValuesInEachCall:
             model(input_ids=torch.randint(3, 90, (2, 6)), use_cache=False)
             assert len(seen) == len(layers)
             for layer, (module, hidden_states, actual) in zip(layers, seen):
-                assert isinstance(module, M2PTAttention)
+                assert isinstance(layer_of(module), M2PTAttention)
                 prompt = layer.input_layernorm(module.m2pt_prompt["default"]()).expand(2, -1, -1)
                 rows = torch.cat([prompt, hidden_states], dim=1)
                 positions = torch.arange(-NUM_PROMPTS, 6)[None]
                 mask = torch.full((9, 9), torch.finfo(torch.float32).min).triu(1)[None, None]
                 rotations = decoder.rotary_emb(rows, positions)
-                expected = module.base_layer(rows, position_embeddings=rotations, attention_mask=mask)[0]
+                expected = module.forward(rows, position_embeddings=rotations, attention_mask=mask)[0]
                 torch.testing.assert_close(actual, expected[:, NUM_PROMPTS:], atol=1e-5, rtol=1e-5)
 
     def test_training_and_decoding(self):

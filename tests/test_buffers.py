@@ -8,6 +8,7 @@ from torch import nn
 from transformers.integrations.bitnet import BitLinear
 
 from peft_m2pt import M2PTConfig
+from peft_m2pt.adapted import layer_of
 
 
 class PackedLinear(nn.Module):
@@ -96,7 +97,7 @@ def test_changed_buffers_are_noticed_while_decoding():
         cache = cache_of(model(**inputs))
         attention.v_proj.scales.mul_(2)
         if forget:
-            attention.set_adapter(["default"])
+            layer_of(attention).set_adapter(["default"])
         logits = model(input_ids=inputs["input_ids"][:, :1], **on_top_of(cache)).logits
         attention.v_proj.scales.div_(2)
         return logits

@@ -250,7 +250,7 @@ def test_adapter(folders):
     assert (config.num_interaction_tokens, config.interaction_placement, config.tune_connector) == (3, "image", True)
     model = load(folders)
     # The base has the trained projector too, so it is a LLaVA of its own.
-    base = {name: p for name, p in model.named_parameters() if "projector.base_layer" in name}
+    base = {name: p for name, p in model.named_parameters() if "projector.linear" in name}
     assert torch.equal(
         base.pop(next(n for n in base if "linear_1.weight" in n)), folders.weights["model.mm_projector.weight"]
     )

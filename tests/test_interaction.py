@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from peft_m2pt import M2PTConfig, M2PTConnector, UnsupportedModelError, adapt_processor
+from peft_m2pt.adapted import layer_of
 
 
 IMAGE = {"interaction_placement": "image"}
@@ -103,7 +104,8 @@ class TestNumbers:
         assert all(parameter.grad.abs().max() > 0 for parameter in trained_by(peft_model).values())
         # The rows of a layer are what the connector makes of its prompt, four rows at a time.
         connector = connector_of(peft_model)
-        rows = peft_model.get_base_model().model.language_model.layers[0].self_attn._prompt("default", torch.empty(0))
+        layer = layer_of(peft_model.get_base_model().model.language_model.layers[0].self_attn)
+        rows = layer._prompt("default", torch.empty(0))
         linear = connector.m2pt_connector_linear["default"]
         torch.testing.assert_close(rows[3:], linear(prompt.weight.reshape(NUM_INTERACTION, 4 * 32)))
 
@@ -126,7 +128,7 @@ class TestNumbers:
             (down,) = (weight for name, weight in trained_by(peft_model).items() if "lora_A" in name)
             (up,) = (weight for name, weight in trained_by(peft_model).items() if "lora_B" in name)
             low_rank = peft_model(**inputs).logits
-            connector = connector_of(peft_model).base_layer
+            connector = connector_of(peft_model)
             linear = connector if isinstance(connector, nn.Linear) else connector.linear
             # The same update, in the weights of the frozen connector.
             linear.weight += up @ down
@@ -158,7 +160,7 @@ class TestNumbers:
         with pytest.raises(UnsupportedModelError, match="connector='model.nowhere'"):
             get_peft_model(model, M2PTConfig(num_interaction_tokens=3, connector="model.nowhere"))
         peft_model = get_peft_model(model, M2PTConfig(connector="model.bridge"))
-        assert isinstance(model.model.bridge, M2PTConnector)
+        assert isinstance(layer_of(model.model.bridge), M2PTConnector)
         assert peft_model.peft_config["default"].to_dict()["num_interaction_tokens"] == 0
 
     def test_language_models_have_none(self, recwarn):
@@ -389,7 +391,7 @@ def test_the_frozen_connector_is_not_changed():
     peft_model(**make_inputs()).loss.backward()
     optimizer.step()
     assert all(not torch.equal(parameter, before[name]) for name, parameter in trained_by(peft_model).items())
-    after = connector_of(peft_model).base_layer.state_dict()
+    after = connector_of(peft_model).state_dict()
     assert all(torch.equal(after[name], frozen[name]) for name in frozen)
 
 

@@ -148,8 +148,9 @@ def test_offloading_a_model_that_is_adapted(tmp_path, offload, kwargs):
         assert torch.equal(peft_model(**make_inputs()).logits, make_llava()(**make_inputs()).logits)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"tune_connector": False}, {"connector_rank": 2}], ids=str)
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
-def test_offloading_a_connector_with_weights_of_its_own(tmp_path, offload):
+def test_offloading_a_connector_with_weights_of_its_own(tmp_path, offload, kwargs):
     """Gemma 3 has a matrix beside the modules in its connector."""
 
     class Projector(nn.Module):
@@ -157,14 +158,15 @@ def test_offloading_a_connector_with_weights_of_its_own(tmp_path, offload):
             super().__init__()
             self.matrix = nn.Parameter(torch.randn(32, 48))
             self.norm = nn.LayerNorm(32)
+            self.linear = nn.Linear(48, 48)
 
         def forward(self, image_features):
-            return self.norm(image_features) @ self.matrix
+            return self.linear(self.norm(image_features) @ self.matrix)
 
     torch.manual_seed(0)
     model = make_llava()
     model.model.multi_modal_projector = Projector()
-    peft_model = adapt(model)
+    peft_model = adapt(model, **kwargs)
     expected = peft_model(**make_inputs()).logits
     offload(peft_model, *([tmp_path] if offload is disk_offload else []), execution_device="cpu")
     for _ in range(2):

@@ -58,8 +58,8 @@ def test_attention_that_goes_round_the_interface():
 def test_attention_that_goes_round_the_interface_in_a_call():
     model = make_llava()
     peft_model = adapt(model)
-    layer = model.model.language_model.layers[1].self_attn
-    layer.base_layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    attention = model.model.language_model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     with pytest.raises(UnsupportedModelError, match=r"'model.language_model.layers.1.self_attn' .* went round"):
         peft_model(**make_inputs())
 

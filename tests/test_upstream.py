@@ -309,6 +309,21 @@ class TestDeleting:
             peft_model.delete_adapter(name)
             assert peft_model.active_adapters == active and set(head.modules_to_save) == heads
 
+    def test_adding_it_again(self):
+        """test_initialization.test_second_adapter_overlapping_target_modules_after_delete_and_readd"""
+        config = {"num_textual_tokens": 5, "textual_layers": [1, 2]}
+        inputs = make_inputs()
+        peft_model = adapt(make_llava())
+        for _ in range(2):
+            peft_model.add_adapter("other", make_config(**config))
+            peft_model.set_adapter("other")
+            randomise(peft_model, seed=6)
+            alone = get_peft_model(make_llava(), make_config(**config), adapter_name="other")
+            weights = get_peft_model_state_dict(peft_model, adapter_name="other")
+            assert not set_peft_model_state_dict(alone, weights, adapter_name="other").unexpected_keys
+            assert torch.equal(peft_model(**inputs).logits, alone(**inputs).logits)
+            peft_model.delete_adapter("other")
+
 
 class TestActiveAdapters:
     def test_are_those_that_were_set(self):
@@ -391,6 +406,43 @@ class TestActiveAdapters:
         torch.testing.assert_close(together, expected(**inputs).logits)
         for alone in (one, other):
             assert not torch.allclose(together, alone, atol=1e-3)
+
+    @pytest.mark.parametrize("first", ["default", "other"])
+    def test_with_modules_to_save_of_one(self, first):
+        """test_custom_models.test_multiple_adapters_mixed_modules_to_save, ..._order_switched"""
+        configs = {"default": make_config(**HEAD), "other": make_config()}
+        peft_model = get_peft_model(make_llava(), configs.pop(first), adapter_name=first)
+        (second,) = configs
+        peft_model.add_adapter(second, configs[second])
+        with torch.no_grad():
+            peft_model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
+        outputs = {}
+        for name in ("default", "other", "default"):
+            peft_model.set_adapter(name)
+            outputs[name] = peft_model(output_hidden_states=True, **make_inputs())
+            weight = make_llava().lm_head.weight * (2 if name == "default" else 1)
+            expected = outputs[name].hidden_states[-1] @ weight.T
+            torch.testing.assert_close(outputs[name].logits, expected, atol=1e-4, rtol=1e-4)
+
+    def test_of_loaded_modules_to_save(self, tmp_path):
+        """test_other.test_load_multiple_adapters_different_modules_to_save"""
+        names = {"first": ["0.mlp.up_proj"], "second": ["0.mlp.up_proj"], "third": ["1.mlp.up_proj"]}
+        outputs = {}
+        for seed, name in enumerate(names):
+            peft_model = adapt(make_llava(), modules_to_save=names[name])
+            randomise(peft_model, seed=seed)
+            with torch.no_grad():
+                for parameter_name, parameter in peft_model.named_parameters():
+                    if "modules_to_save" in parameter_name:
+                        parameter.mul_(2 + seed)
+            outputs[name] = peft_model(**make_inputs()).logits
+            peft_model.save_pretrained(tmp_path / name)
+        loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "first", adapter_name="first")
+        for name in ("second", "third"):
+            loaded.load_adapter(tmp_path / name, name)
+        for name in (*names, *reversed(names)):
+            loaded.set_adapter(name)
+            assert torch.equal(loaded(**make_inputs()).logits, outputs[name]), name
 
 
 class TestDisabling:
@@ -505,6 +557,16 @@ class TestGradients:
         peft_model(**make_inputs()).loss.backward()
         assert all(parameter.grad.abs().max() > 0 for parameter in trained_by(peft_model).values())
 
+    def test_of_adapters_that_are_added_to_loaded_ones(self, tmp_path):
+        """test_custom_models.test_loading_model_requires_grad_load_adapter_then_add_adapter"""
+        adapt(make_llava()).save_pretrained(tmp_path)
+        for is_trainable in (False, True):
+            peft_model = PeftModel.from_pretrained(make_llava(), tmp_path, is_trainable=is_trainable)
+            peft_model.add_adapter("other", make_config())
+            assert adapters_with_gradients(peft_model) == ({"default"} if is_trainable else set())
+            peft_model.set_adapter("other")
+            assert adapters_with_gradients(peft_model) == {"other"}
+
 
 class TestOneTower:
     """The matrices of tests/test_decoder_models.py and test_vision_models.py, with models of a single tower"""
@@ -610,7 +672,9 @@ class TestBaseModel:
         assert peft_model.base_model.targeted_module_names == [f"layers.{i}.self_attn" for i in range(3)]
         assert not tuner_layers(model.extra)
 
-    @pytest.mark.parametrize("names", [["patch_embedding", "q_proj"], ["patch_embedding", "layers"]], ids=str)
+    @pytest.mark.parametrize(
+        "names", [["patch_embedding", "m2pt_prompt.default"], ["patch_embedding", "layers"]], ids=str
+    )
     @pytest.mark.parametrize("first", [True, False], ids=["first adapter", "second adapter"])
     def test_modules_to_save_that_are_refused(self, first, names):
         """
@@ -627,6 +691,73 @@ class TestBaseModel:
         after = dict(model.named_modules())
         assert after.keys() == modules.keys() and all(after[name] is modules[name] for name in modules)
         assert trainable == [parameter.requires_grad for parameter in model.parameters()]
+
+    def test_state_dict_that_does_not_fit(self):
+        """test_low_level_api.test_strict_missing_keys, test_strict_unexpected_keys"""
+        peft_model = adapt(make_llava())
+        state_dict = get_base_model_state_dict(peft_model)
+        missing = next(name for name in state_dict if "self_attn" in name)
+        state_dict["unexpected.weight"] = state_dict.pop(missing)
+        with pytest.raises(RuntimeError, match=r"(?s)Missing key.*Unexpected key"):
+            set_base_model_state_dict(peft_model, state_dict)
+        result = set_base_model_state_dict(peft_model, state_dict, strict=False)
+        assert result.missing_keys == [missing] and result.unexpected_keys == ["unexpected.weight"]
+
+    def test_targets_are_named_once(self):
+        """test_tuners_utils.test_targeted_module_names_unique_across_adapters"""
+        peft_model = adapt(make_llava())
+        expected = list(peft_model.targeted_module_names)
+        peft_model.add_adapter("other", make_config())
+        assert peft_model.targeted_module_names == expected and len(expected) == len(set(expected)) == 3 + 3 + 1
+
+    def test_adapting_again(self):
+        """test_mapping.TestGetPeftModel"""
+        model = make_llava()
+        peft_model = get_peft_model(model, make_config())
+        with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
+            get_peft_model(model, make_config(), adapter_name="second")
+        peft_model.unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            get_peft_model(model, make_config())
+
+    def test_unloading_an_adapter_without_modules_to_save(self):
+        """test_other.test_unload_with_inactive_modules_to_save"""
+        peft_model = adapt(make_llava(), **HEAD)
+        peft_model.add_adapter("other", make_config())
+        peft_model.set_adapter("other")
+        with torch.no_grad():
+            peft_model.get_base_model().lm_head.modules_to_save["default"].weight.fill_(42.0)
+        unloaded = peft_model.unload()
+        assert isinstance(unloaded.lm_head, nn.Linear)
+        assert have_the_same_weights(unloaded.state_dict(), make_llava().state_dict())
+
+    def test_names_that_are_part_of_the_prefix(self, tmp_path):
+        """test_initialization.TestNamingConflictWarning: warned of, and loaded all the same"""
+        with pytest.warns(UserWarning, match="Adapter name 'm2pt' should not be contained in the prefix 'm2pt_'"):
+            peft_model = adapt(make_llava(), "m2pt")
+        peft_model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "m2pt", adapter_name="m2pt")
+        assert torch.equal(loaded(**make_inputs()).logits, peft_model(**make_inputs()).logits)
+
+    def test_a_vocabulary_that_has_grown(self, tmp_path):
+        """test_custom_models.test_save_pretrained_targeting_lora_to_embedding_layer, test_load_resized_embedding_*"""
+
+        def make_grown():
+            torch.manual_seed(4)
+            model = make_llava()
+            model.resize_token_embeddings(101, mean_resizing=False)
+            return model
+
+        peft_model = adapt(make_grown())
+        with torch.no_grad():
+            peft_model.get_input_embeddings().weight[97:].fill_(0.5)
+        inputs = make_inputs()
+        inputs["input_ids"][:, -1] = 99
+        peft_model.save_pretrained(tmp_path, save_embedding_layers=True)
+        assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+        loaded = PeftModel.from_pretrained(make_grown(), tmp_path)
+        assert torch.equal(loaded(**inputs).logits, peft_model(**inputs).logits)
 
 
 class TestLowLevel:

@@ -1,0 +1,148 @@
+"""
+Modules of the base model that M2PT has adapted.
+
+An adapted module stays where it is, with its weights, children and hooks, under the names that they have. So whatever
+reads the model, saves it or trains a part of it finds what it knows. Two things differ: who calls the module calls its
+layer, and whoever looks through the modules of the model finds that layer under the name of the module, as if it stood
+in its place. That is where PEFT looks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from torch import nn
+
+from .register import PREFIX
+
+
+if TYPE_CHECKING:
+    from .base import M2PTLayer
+
+# The attribute of an adapted module that holds its layer. It is no child, which would have a name of its own.
+LAYER = "m2pt_layer"
+
+
+class Adapted(nn.Module):
+    """What the class of a module gets in front when the module is adapted, as in `torch.nn.utils.parametrize`."""
+
+    m2pt_base_class: ClassVar[type[nn.Module]]
+    m2pt_layer: M2PTLayer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.m2pt_layer(*args, **kwargs)
+
+    def call_without_adapters(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module, and its hooks, as if it were not adapted."""
+        return super().__call__(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> NoReturn:
+        """PEFT asks for this when another method is taken out of the model. It would pass over what is in here."""
+        if merge:
+            self.m2pt_layer.merge()
+        raise NotImplementedError(
+            f"'{self.m2pt_layer.site.path}' has weights of M2PT, and PEFT passes over what other methods have there. "
+            f"Call unload() of the model with M2PT first."
+        )
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        if self not in memo:
+            yield prefix, self.m2pt_layer
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.m2pt_layer.train(mode)
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made here, so pickle would not find it.
+        return _make_empty, (base_class(self),), *super().__reduce_ex__(protocol)[2:]
+
+
+def _make_empty(module_class: type[nn.Module]) -> nn.Module:
+    adapted_class = _adapted_class(module_class)
+    return adapted_class.__new__(adapted_class)
+
+
+# A dictionary, since torch.compile would trace through `functools.cache`.
+_adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _adapted_class(module_class: type[nn.Module]) -> type[nn.Module]:
+    if module_class not in _adapted_classes:
+        names = ("__module__", "__qualname__", "__doc__")
+        contents = {"m2pt_base_class": module_class, **{name: getattr(module_class, name) for name in names}}
+        _adapted_classes[module_class] = type(module_class.__name__, (Adapted, module_class), contents)
+    return _adapted_classes[module_class]
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without an adapter."""
+    return module.m2pt_base_class if isinstance(module, Adapted) else type(module)
+
+
+def layer_of(module: nn.Module) -> M2PTLayer | None:
+    """The layer of an adapted module. `None` for any other one."""
+    return module.m2pt_layer if isinstance(module, Adapted) else None
+
+
+def adapt(module: nn.Module, layer: M2PTLayer) -> None:
+    """
+    Lets a layer be called where a module is.
+
+    Args:
+        module (`nn.Module`):
+            A module of the base model.
+        layer ([`~peft_m2pt.base.M2PTLayer`]):
+            Its layer. What it has of weights becomes part of the module.
+    """
+    module.__dict__[LAYER] = layer
+    module.__class__ = _adapted_class(type(module))
+
+
+def release(module: nn.Module) -> None:
+    """
+    Makes an adapted module what it was.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+    """
+    layer = module.__dict__.pop(LAYER)
+    layer.remove_hooks()
+    module.__class__ = base_class(module)
+    for name in layer._modules:
+        del module._modules[name]
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """
+    Makes an adapted module that nobody else holds, such as a copy, a module of its own class.
+
+    Args:
+        module (`nn.Module`):
+            The module. Any other one is left as it is.
+    """
+    if isinstance(module, Adapted):
+        del module.__dict__[LAYER]
+        module.__class__ = base_class(module)
+        module._modules = dict(base_children(module))
+    return module
+
+
+def base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields name and module of each child that a module has without an adapter."""
+    for name, child in module.named_children():
+        if not name.startswith(PREFIX):
+            yield name, child
+
+
+def base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields a module and all that is in it, without what adapters of M2PT have there."""
+    yield module
+    for _, child in base_children(module):
+        yield from base_modules(child)
