@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache
 
 from peft_m2pt import M2PTAttention
+from peft_m2pt.adapted import layer_of
 
 
 Call = tuple[nn.Module, tuple, dict[str, Any], Any]
@@ -115,8 +116,7 @@ def _prompts(model: nn.Module, module: M2PTAttention, tokens: torch.Tensor, trac
     if "default" in module.m2pt_prompt:
         rows.append(module.m2pt_prompt["default"].weight)
     if "default" in module.m2pt_interaction:
-        site = module.site.connector
-        connector = site.module
+        connector = layer_of(module.site.connector.module)
         # Interaction prompts go through the adapter's own connector, which the tests of the connector look into.
         rows.append(connector.project(module.m2pt_interaction["default"].weight, "default"))
     norm = _norm_in_front(_layer(model, module.site.path), tokens, trace)
