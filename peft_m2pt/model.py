@@ -43,6 +43,7 @@ from .stacking import (
     check_name,
     check_name_is_free,
     check_nesting,
+    check_no_invocations,
     keeping_trained_modules,
     refuse_later_adapters,
     without_passing_wrappers,
@@ -91,6 +92,7 @@ class M2PTModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_name_is_free(model, adapter_name)
+        check_no_invocations(model)
         # No child: whoever asks a `PeftModel` for its base model, as trainers do, is to get the base model.
         self._wrapped = [model]
         super().__init__(without_passing_wrappers(model), peft_config, adapter_name, *args, **kwargs)
@@ -458,8 +460,8 @@ class M2PTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # Of all that PEFT does to save a model, this is where the method gets to see it.
-        if isinstance(model, PeftModel) and not isinstance(model.base_model, M2PTModel):
-            check_nesting(model)
+        if isinstance(model, PeftModel):
+            check_nesting(model, is_own=isinstance(model.base_model, M2PTModel))
         tuner = next((module for module in model.modules() if isinstance(module, M2PTModel)), None)
         if tuner is not None:  # not so where M2PT was injected, or where the model that it was added to is saved
             config.resolved = tuner.resolved[adapter_name]

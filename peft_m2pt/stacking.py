@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,11 +42,7 @@ def without_passing_wrappers(model: nn.Module) -> nn.Module:
 
 def _passes(model: PeftModel) -> bool:
     """Whether a `PeftModel` gives what the model inside gives, which has the adapters in it."""
-    tuner = model.base_model
-    if not isinstance(tuner, BaseTuner) or type(tuner).forward is not BaseTuner.forward:
-        return False
-    # aLoRA looks for its invocation in each input.
-    return not any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values())
+    return isinstance(model.base_model, BaseTuner) and type(model.base_model).forward is BaseTuner.forward
 
 
 def wrapper_prefix(model: nn.Module) -> str:
@@ -97,23 +94,53 @@ def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def check_nesting(model: PeftModel) -> None:
+def check_no_invocations(model: nn.Module) -> None:
     """
-    Checks that what another method has added to a model with M2PT is saved under names that can be loaded.
+    Checks that no adapter of a model is one that some tokens of an input call for.
+
+    Args:
+        model (`nn.Module`):
+            The model, which may have adapters of any method.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if tokens := getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"Adapter '{name}' has alora_invocation_tokens={tokens}: activated LoRA changes the tokens behind "
+                f"these, and prompts are no tokens of the input. Add M2PT to a model without it."
+            )
+
+
+def check_nesting(model: PeftModel, is_own: bool) -> None:
+    """
+    Checks that what other methods have added to a model is saved under names that can be loaded. PEFT puts the names
+    of two `PeftModel`s, one inside of the other, into those of their weights.
 
     Args:
         model (`PeftModel`):
-            The `PeftModel` of the other method.
+            The outer `PeftModel`, which is being saved.
+        is_own (`bool`):
+            Whether it is that of M2PT, so that all that it writes of M2PT is right.
 
     Raises:
-        ValueError: If PEFT would put the names of two `PeftModel`s, one inside of the other, into them.
+        ValueError: If there is another `PeftModel` in that of another method.
     """
-    if isinstance(model.get_base_model(), PeftModel):
+    inner = model.get_base_model()
+    if not isinstance(inner, PeftModel):
+        return
+    outer_method, inner_method = (type(holder.base_model).__name__ for holder in (model, inner))
+    message = (
+        f"The PeftModel of {outer_method} stands around that of {inner_method}, so that PEFT writes weights of other "
+        f"methods under names that no model has. Save them with model.get_base_model().save_pretrained(...)."
+    )
+    if not is_own:
         raise ValueError(
-            f"{type(model.base_model).__name__} was added around the PeftModel of M2PT, so that PEFT would save its "
-            f"adapters under names that no other model has. Add them to the base model instead, with "
-            f"get_peft_model(model.get_base_model(), config, adapter_name=...), or add them first, and M2PT then."
+            f"{message} To save them as usual, add {outer_method} to model.get_base_model(), or add it first, and "
+            f"M2PT then."
         )
+    warnings.warn(message)
 
 
 class RefuseLaterAdapters:

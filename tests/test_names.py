@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import adapt, make_config, make_inputs, make_llava, randomise
 from peft import (
+    AdaLoraConfig,
     LoraConfig,
     PeftModel,
     PromptTuningConfig,
@@ -212,8 +213,38 @@ def test_lora_that_comes_second(tmp_path):
     loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "m2pt")
     assert torch.equal(logits(loaded), logits(adapt(make_llava())))
     around = add_lora(adapt(make_llava(), "m2pt"), targets)
-    with pytest.raises(ValueError, match=r"LoraModel was added around the PeftModel of M2PT.*get_base_model\(\)"):
+    both = logits(around)
+    message = r"LoraModel stands around that of M2PTModel.*Save them with model.get_base_model\(\)\.save_pretrained"
+    with pytest.raises(ValueError, match=message):
         around.save_pretrained(tmp_path / "around")
+    around.get_base_model().save_pretrained(tmp_path / "around")
+    loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "around" / "lora")
+    assert torch.equal(logits(loaded), expected)
+    loaded = PeftModel.from_pretrained(loaded, tmp_path / "around" / "m2pt", adapter_name="m2pt")
+    loaded.base_model.set_adapter(["default", "m2pt"])
+    torch.testing.assert_close(logits(loaded), both, atol=1e-5, rtol=1e-5)
+
+
+def test_a_method_that_computes_something_itself(tmp_path):
+    config = AdaLoraConfig(target_modules=["q_proj", "v_proj"], total_step=10)
+    inner = get_peft_model(make_llava(), config, adapter_name="ada")
+    randomise_lora(inner)
+    expected = logits(inner)
+    # It adds to the loss, in its own forward.
+    stack = adapt(inner, "m2pt")
+    assert stack.get_base_model() is inner
+    with pytest.warns(UserWarning, match=r"Save them with model.get_base_model\(\)\.save_pretrained"):
+        stack.save_pretrained(tmp_path, selected_adapters=["m2pt"])
+    stack.get_base_model().save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(make_llava(), tmp_path / "m2pt")), logits(adapt(make_llava())))
+    assert torch.equal(logits(PeftModel.from_pretrained(make_llava(), tmp_path / "ada")), expected)
+
+
+def test_activated_lora_is_refused():
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])
+    lora = get_peft_model(make_llava(), config, adapter_name="activated")
+    with pytest.raises(ValueError, match=r"'activated' has alora_invocation_tokens=\[5\].* without it"):
+        adapt(lora, "m2pt")
 
 
 def test_deleting_lora_from_a_stack():
