@@ -10,7 +10,7 @@ in its place. That is where PEFT looks for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
@@ -25,10 +25,13 @@ LAYER = "m2pt_layer"
 
 
 class Adapted(nn.Module):
-    """What the class of a module gets in front when the module is adapted, as in `torch.nn.utils.parametrize`."""
+    """
+    What the class of a module gets in front when the module is adapted, as in `torch.nn.utils.parametrize`.
 
-    m2pt_base_class: ClassVar[type[nn.Module]]
-    m2pt_layer: M2PTLayer
+    **Attributes** (no annotations, since transformers evaluates those of its own classes):
+        - **m2pt_base_class** (`type[nn.Module]`) -- The class that the module has without an adapter.
+        - **m2pt_layer** ([`~peft_m2pt.base.M2PTLayer`]) -- What is called.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.m2pt_layer(*args, **kwargs)
@@ -36,6 +39,15 @@ class Adapted(nn.Module):
     def call_without_adapters(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, and its hooks, as if it were not adapted."""
         return super().__call__(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # What PEFT calls so is what is computed without an adapter.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "base_layer":
+                raise
+            return self.forward
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> NoReturn:
         """PEFT asks for this when another method is taken out of the model. It would pass over what is in here."""

@@ -106,6 +106,10 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
         self.add_module(layer_name, weights)
         self.base_layer.add_module(layer_name, weights)
 
+    def get_base_layer(self) -> nn.Module:
+        # PEFT's version would go on, to what another method has adapted in the same place.
+        return self.base_layer
+
     def remove_hooks(self) -> None:
         """Removes what the layer has hung on other modules."""
         while self.hooks:

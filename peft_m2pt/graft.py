@@ -245,12 +245,12 @@ def graft(module: nn.Module, parts: dict[str, nn.Module], path: str = "") -> nn.
     grafted._modules = {
         name: graft(child, parts, f"{path}.{name}" if path else name) for name, child in children.items()
     }
-    if path in parts:
-        # The same dictionary, so that parameters which are replaced later are seen.
-        grafted._parameters, grafted._buffers = parts[path]._parameters, parts[path]._buffers
-        fetching = FetchingFor(parts[path])
-        grafted.register_forward_pre_hook(fetching.before)
-        grafted.register_forward_hook(fetching.behind)
+    holder = parts.get(path, module)
+    # The same dictionaries, so that parameters which are replaced later are seen.
+    grafted._parameters, grafted._buffers = holder._parameters, holder._buffers
+    fetching = FetchingFor(holder)
+    grafted.register_forward_pre_hook(fetching.before)
+    grafted.register_forward_hook(fetching.behind)
     return grafted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.functional import delete_adapter
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -162,6 +162,7 @@ class M2PTModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         check_name(adapter_name)
+        _check_modules_to_save(self.peft_config)
         model = without_wrappers(model)
         config = self.peft_config[adapter_name]
         self._source = config.source if config.loads_weights else None
@@ -499,6 +500,18 @@ def _left_out_scales(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> d
             if f"{path}.weight" in state_dict and f"{path}.scale" not in state_dict:
                 scales[f"{path}.scale"] = module.scale
     return scales
+
+
+def _check_modules_to_save(configs: dict[str, PeftConfig]) -> None:
+    """Refuses to save what adapters have of their own as if it were a part of the model."""
+    for config, adapter_name in itertools.product(configs.values(), configs):
+        for name in getattr(config, "modules_to_save", None) or ():
+            if adapter_name.endswith(name) or (PREFIX in name and name.endswith(f".{adapter_name}")):
+                raise ValueError(
+                    f"modules_to_save={config.modules_to_save}: PEFT takes modules whose paths end in {name!r}, as "
+                    f"those of weights of M2PT do, which are trained and saved anyway. Leave it out, or give a longer "
+                    f"part of the path of the module that is meant."
+                )
 
 
 def _check_compiled_modules(model: nn.Module, config: M2PTConfig) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .adapted import base_class
 from .arguments import Role, Signature, read_signature
 from .attention import find_attention_call
 from .errors import UnsupportedModelError
@@ -191,8 +192,14 @@ def note_starts_of_others(model: nn.Module, attention: nn.Module) -> list[Remova
     """
     handles = []
     for path, module in model.named_modules():
-        is_other = type(module) is not type(attention) and getattr(module, "config", None) is attention.config
-        if is_other and hasattr(module, "layer_idx") and find_attention_call(type(module)) is not None:
+        is_other = base_class(module) is not base_class(attention)
+        shares_config = getattr(module, "config", None) is attention.config
+        if (
+            is_other
+            and shares_config
+            and hasattr(module, "layer_idx")
+            and find_attention_call(type(module)) is not None
+        ):
             handles.append(module.register_forward_pre_hook(partial(_note_starts, path), with_kwargs=True))
     return handles
 

@@ -367,6 +367,13 @@ def test_adapted_modules_are_what_they_were():
     assert dict(model.named_modules())["model.language_model.layers.0.self_attn"] is attention
     logits(peft_model)
     assert hooked == [attention]
+    decoder = model.model.language_model
+    rows = torch.randn(1, 5, 48)
+    mask = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)[None, None]
+    arguments = {"position_embeddings": decoder.rotary_emb(rows, torch.arange(5)[None]), "attention_mask": mask}
+    without = make_llava().model.language_model.layers[0].self_attn(rows, **arguments)[0]
+    assert torch.equal(attention.base_layer(rows, **arguments)[0], without)
+    assert (attention(rows, **arguments)[0] - without).abs().max() > 0.1
     peft_model.unload()
     assert type(attention) is kind and list(vars(attention)) == names
 

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import UnsupportedModelError
+from peft_m2pt.adapted import layer_of
 from peft_m2pt.arguments import Role, read_signature
 
 
@@ -182,7 +183,7 @@ class TestStillWorks:
         outputs = [tuned.generate(**INPUTS, **options) for tuned in (model, expected)]
         assert torch.equal(*(output.sequences for output in outputs))
         assert torch.equal(*(output.sequences_scores for output in outputs))
-        kept = model.get_base_model().model.layers[0].self_attn._kept
+        kept = layer_of(model.get_base_model().model.layers[0].self_attn)._kept
         assert kept is not None, "the cache was not found, so rows were computed anew for every token"
 
 

@@ -56,6 +56,7 @@ from transformers import (
 )
 
 from peft_m2pt import M2PTConfig, UnsupportedModelError
+from peft_m2pt.adapted import layer_of
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -343,7 +344,7 @@ class TestActiveAdapters:
         for set_adapter in (peft_model.set_adapter, lambda name: peft_model.base_model.set_adapter([name])):
             for name, lengths in (("default", [3, 3]), ("other", [5, 5])):
                 set_adapter(name)
-                layers = [layer.self_attn for layer in text_layers(peft_model)]
+                layers = [layer_of(layer.self_attn) for layer in text_layers(peft_model)]
                 assert all(layer.active_adapters == [name] for layer in layers)
                 prompts = [layer.m2pt_prompt[name] for layer in layers if name in layer.m2pt_prompt]
                 assert [len(prompt) for prompt in prompts] == lengths

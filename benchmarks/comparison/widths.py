@@ -1,20 +1,20 @@
 """
 Whether one learning rate suits models of several widths: `python -m benchmarks.comparison.widths --results FOLDER`.
 
-The models are the quickstart's small LLaVA in three widths, each tuned with M2PT's default on handwriting.
+The models are the quickstart's small LLaVA in three widths, each tuned on handwriting.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 
-from peft import get_peft_model
 from transformers import set_seed
 
-from peft_m2pt import M2PTConfig
+from .methods import METHODS
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -29,11 +29,11 @@ WIDTHS = (64, 128, 256)
 NUM_STEPS = 150
 
 
-def last_loss(base_folder: Path, lr: float, config: M2PTConfig) -> float:
+def last_loss(base_folder: Path, lr: float, method: str) -> float:
     """The mean loss of the last 25 steps."""
     base, processor = quickstart.load(base_folder)
     set_seed(0)
-    model = get_peft_model(base, config)
+    model = METHODS[method](base)
     images, _ = digits.handwritten_digits(quickstart.FULL.num_test_images, quickstart.SEED)
     questions = digits.ask(images, quickstart.TUNED)
     log = vqa.train(model, questions, vqa.AnswerCollator(processor), NUM_STEPS, lr, 0, f"lr {lr:g}")
@@ -47,21 +47,18 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, required=True, help="Where the base models are kept.")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
-    parser.add_argument("--init-prompts", default="states")
-    parser.add_argument("--prompts-only", action="store_true", help="Leave the connector as it is.")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["lora", "m2pt"])
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     quickstart.quiet()
-    config = M2PTConfig(init_prompts=arguments.init_prompts, tune_connector=not arguments.prompts_only)
-    what = arguments.init_prompts + ("-prompts" if arguments.prompts_only else "")
     for width in arguments.widths:
         base_folder = tiny_llava.pretrained(arguments.cache_dir, tiny_llava.Recipe(width=width), quickstart.SEED)
-        for lr in arguments.lr:
-            file = arguments.results / f"width-{width}-{what}-{lr:g}.json"
+        for method, lr in itertools.product(arguments.methods, arguments.lr):
+            file = arguments.results / f"{method}-width-{width}-{lr:g}.json"
             if not file.exists():
-                loss = last_loss(base_folder, lr, config)
-                file.write_text(json.dumps({"width": width, "lr": lr, "last loss": loss}))
-                print(f"width {width}, {what}, lr {lr:g}: {loss:.4f}", flush=True)
+                loss = last_loss(base_folder, lr, method)
+                file.write_text(json.dumps({"method": method, "width": width, "lr": lr, "last loss": loss}))
+                print(f"{method}, width {width}, lr {lr:g}: {loss:.4f}", flush=True)
 
 
 if __name__ == "__main__":
