@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
-from .register import PREFIX
-
 
 if TYPE_CHECKING:
     from .base import M2PTLayer
@@ -140,16 +138,17 @@ def without_adapters(module: nn.Module) -> nn.Module:
             The module. Any other one is left as it is.
     """
     if isinstance(module, Adapted):
+        module._modules = dict(base_children(module))
         del module.__dict__[LAYER]
         module.__class__ = base_class(module)
-        module._modules = dict(base_children(module))
     return module
 
 
 def base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields name and module of each child that a module has without an adapter."""
+    own = module.m2pt_layer._modules if isinstance(module, Adapted) else ()
     for name, child in module.named_children():
-        if not name.startswith(PREFIX):
+        if name not in own:
             yield name, child
 
 

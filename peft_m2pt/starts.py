@@ -193,13 +193,8 @@ def note_starts_of_others(model: nn.Module, attention: nn.Module) -> list[Remova
     handles = []
     for path, module in model.named_modules():
         is_other = base_class(module) is not base_class(attention)
-        shares_config = getattr(module, "config", None) is attention.config
-        if (
-            is_other
-            and shares_config
-            and hasattr(module, "layer_idx")
-            and find_attention_call(type(module)) is not None
-        ):
+        is_other = is_other and getattr(module, "config", None) is attention.config
+        if is_other and hasattr(module, "layer_idx") and find_attention_call(type(module)) is not None:
             handles.append(module.register_forward_pre_hook(partial(_note_starts, path), with_kwargs=True))
     return handles
 
