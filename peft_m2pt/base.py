@@ -174,9 +174,9 @@ class M2PTLayer(nn.Module, BaseTunerLayer):
         """Where the weights of one of `adapter_layer_names` are used first."""
         return device_of(self.get_base_layer())
 
-    def _new_prompt(self, num_tokens: int, width: int, has_scale: bool) -> M2PTPrompt:
+    def _new_prompt(self, num_tokens: int, width: int, turn: float | None) -> M2PTPrompt:
         """Makes a prompt in the dtype of the base layer."""
-        return M2PTPrompt(num_tokens, width, dtype_of(self.get_base_layer()), has_scale)
+        return M2PTPrompt(num_tokens, width, dtype_of(self.get_base_layer()), turn)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(NOT_MERGEABLE)

@@ -88,7 +88,7 @@ class M2PTConnector(M2PTLayer):
             self._tuned[adapter_name] = _Tuned(graft(connector, parts), is_copy=rank is None)
         if num_interaction_tokens > 0:
             self.m2pt_interaction[adapter_name] = self._new_prompt(
-                num_interaction_tokens, self.site.width, init.scales
+                num_interaction_tokens, self.site.width, init.turn(self.site)
             )
             init(self.m2pt_interaction[adapter_name], self.site)
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import torch
 from accelerate.utils import align_module_device
@@ -12,7 +13,7 @@ from torch import distributed, nn
 from .anatomy import Connector, Site
 from .config import M2PTConfig
 from .errors import UnsupportedModelError
-from .prompt import M2PTPrompt
+from .prompt import TURN, M2PTPrompt
 from .states import has_data, states_of_images, states_of_text
 from .tokens import given_token_ids, ordinary_token_ids
 from .upstream import weights_come_from_first_process
@@ -45,6 +46,7 @@ class PromptInitialiser:
     def __init__(self, config: M2PTConfig, model: nn.Module, sites: list[Site], weights_follow: bool) -> None:
         self.config = config
         self.scales = config.init_prompts == "states"
+        self.num_layers = Counter(site.kind for site in sites)
         self.states: dict[str, torch.Tensor] = {}
         # What FSDP brings to this process are the prompts too.
         weights_follow = weights_follow or (weights_come_from_first_process() and distributed.get_rank() > 0)
@@ -59,6 +61,19 @@ class PromptInitialiser:
                         f"init_prompts='vocabulary' needs token embeddings as wide as the layers, but they have width "
                         f"{self.embedding.embedding_dim} and '{site.path}' has {site.width}. Choose 'xavier_uniform'."
                     )
+
+    def turn(self, site: Site | Connector) -> float | None:
+        """
+        How many times its length a row of a prompt turns by a learning rate of 1, if it has a unit.
+
+        Args:
+            site ([`~peft_m2pt.anatomy.Site`] or [`~peft_m2pt.anatomy.Connector`]):
+                What the prompt belongs to. Interaction prompts act in all layers of the language model.
+        """
+        if not self.scales:
+            return None
+        kind = "textual" if site.kind == "interaction" else site.kind
+        return TURN / max(1, self.num_layers[kind])
 
     @torch.no_grad()
     def __call__(self, prompt: M2PTPrompt, site: Site | Connector) -> None:

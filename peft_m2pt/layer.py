@@ -76,12 +76,12 @@ class M2PTAttention(M2PTLayer):
                 Fills the prompts.
         """
         if num_tokens > 0:
-            self.m2pt_prompt[adapter_name] = self._new_prompt(num_tokens, self.site.width, init.scales)
+            self.m2pt_prompt[adapter_name] = self._new_prompt(num_tokens, self.site.width, init.turn(self.site))
             init(self.m2pt_prompt[adapter_name], self.site)
         if num_interaction_tokens > 0:
             self.site = replace(self.site, connector=connector)
             num_rows = num_interaction_tokens * connector.rows_per_token
-            prompt = self._new_prompt(num_rows, connector.width, init.scales)
+            prompt = self._new_prompt(num_rows, connector.width, init.turn(connector))
             self.m2pt_interaction[adapter_name] = prompt
             init(prompt, connector)
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 
-# How many times its length a row may turn by a learning rate of 1. At 1e-3, which suits tuned connectors, and LoRA, a
-# step of AdamW turns a row by 1.6% of its length: rates from 1% to 3% learn alike.
-TURN = 16
+# How many times its length a row may turn by a learning rate of 1, in all layers of a tower together.
+TURN = 160
 
 
 class M2PTPrompt(nn.Module):
@@ -19,13 +18,14 @@ class M2PTPrompt(nn.Module):
 
     What a training step does to a prompt depends on how long its rows are, since a norm follows: a row of length
     `|P|` turns by about `rate / |P|`. In a pretrained model, rows are hundreds of times longer in one layer than in
-    another. So that one learning rate fits all, a prompt can be trained in units of its own:
+    another. What all layers do adds up, so that the more there are, the less each may turn. So that one learning rate
+    fits all, a prompt can be trained in a unit of its own:
 
         P = scale * W
 
-    where `W`, of shape `[n, D]`, is trained, and `scale`, of shape `[n, 1]`, stays what it was at the start. Rows of
-    `W` start at a root mean square of about 1/16, so that a step of AdamW, which is as large as the learning rate,
-    turns a row by 16 times that part of its length.
+    where `W`, of shape `[n, D]`, is trained, and `scale`, of shape `[n, 1]`, stays what it was at the start: `turn`
+    times the median of the rows' root mean squares. A step of AdamW, which is as large as the learning rate, turns a
+    row by `turn` times that part of its length.
 
     It is a module that is called, not a bare parameter, since sharded training gathers the parameters of a module when
     it is called.
@@ -37,18 +37,20 @@ class M2PTPrompt(nn.Module):
             Their width D.
         dtype (`torch.dtype`, *optional*):
             The dtype of what is trained.
-        has_scale (`bool`, defaults to `False`):
-            Whether the rows are trained in a unit of their own, and not as they are.
+        turn (`float`, *optional*):
+            How many times its length a row turns by a learning rate of 1. By default, rows are trained as they are,
+            without a unit.
     """
 
-    def __init__(self, num_tokens: int, width: int, dtype: torch.dtype | None = None, has_scale: bool = False) -> None:
+    def __init__(self, num_tokens: int, width: int, dtype: torch.dtype | None = None, turn: float | None = None) -> None:
         super().__init__()
         self.num_tokens = num_tokens
         self.width = width
+        self.turn = turn
         self.weight = nn.Parameter(torch.empty(num_tokens, width, dtype=dtype))
         # Saved and loaded below. accelerate, where FSDP2 is to load weights in one process only, keeps buffers that
         # torch does not save, and fails on others.
-        self.register_buffer("scale", torch.ones(num_tokens, 1) if has_scale else None, persistent=False)
+        self.register_buffer("scale", None if turn is None else torch.ones(num_tokens, 1), persistent=False)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -66,7 +68,7 @@ class M2PTPrompt(nn.Module):
                 The prompt.
         """
         if self.scale is not None:
-            self.scale.fill_(TURN * unit_of(rows))
+            self.scale.fill_(unit_of(rows, self.turn))
             rows = rows / self.scale.to(rows.device)
         self.weight.copy_(rows)
 
@@ -108,10 +110,10 @@ class M2PTPrompt(nn.Module):
             missing_keys.append(name)
 
 
-def unit_of(rows: torch.Tensor) -> torch.Tensor:
+def unit_of(rows: torch.Tensor, turn: float) -> torch.Tensor:
     """
-    The median of the root mean squares of rows, rounded to a power of two: to divide by that, and to multiply, loses
-    nothing in any precision.
+    A multiple of the median of the root mean squares of rows, rounded to a power of two: to divide by that, and to
+    multiply, loses nothing in any precision.
 
     The median, since the first token of a text, on which pretrained language models park their attention, can be
     dozens of times longer than the others, and is best left nearly as it is: it has by far the largest gradients, and
@@ -120,12 +122,14 @@ def unit_of(rows: torch.Tensor) -> torch.Tensor:
     Args:
         rows (`torch.Tensor` of shape `(num_rows, width)`):
             The rows.
+        turn (`float`):
+            The multiple.
 
     Returns:
         `torch.Tensor` with one number, in float32. Rows of zeros have the unit 1.
     """
     rms = rows.float().pow(2).mean(dim=-1).sqrt()
-    unit = rms.median() if rms.median() > 0 else rms.max()
+    unit = turn * (rms.median() if rms.median() > 0 else rms.max())
     mantissa, exponent = torch.frexp(unit)  # 0.5 to 1
     rounded = torch.where(mantissa < 0.5**0.5, exponent - 1, exponent)
     return torch.where(unit > 0, torch.exp2(rounded.float()), 1.0)

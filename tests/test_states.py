@@ -222,7 +222,8 @@ class TestStates:
         ids=str,
     )
     def test_units(self, rows, unit):
-        assert unit_of(torch.tensor(rows)).item() == unit
+        assert unit_of(torch.tensor(rows), 1).item() == unit
+        assert unit_of(torch.tensor(rows), 8).item() in (unit, 8 * unit)
 
     @pytest.mark.parametrize(
         "family", [family for family in FAMILIES if family.is_known and family.name in BLANK], ids=lambda f: f.name
