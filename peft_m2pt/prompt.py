@@ -42,7 +42,9 @@ class M2PTPrompt(nn.Module):
             without a unit.
     """
 
-    def __init__(self, num_tokens: int, width: int, dtype: torch.dtype | None = None, turn: float | None = None) -> None:
+    def __init__(
+        self, num_tokens: int, width: int, dtype: torch.dtype | None = None, turn: float | None = None
+    ) -> None:
         super().__init__()
         self.num_tokens = num_tokens
         self.width = width
