@@ -36,7 +36,6 @@ from peft_m2pt import M2PTConfig
 
 
 SEED = 0
-# Where 1e-3 suits large models, a connector as narrow as that of a small one wants larger steps.
 LEARNING_RATE = 3e-3
 PLAIN, *_ = digits.INSTRUCTIONS
 HELD_OUT = "Write it as a word."

@@ -123,7 +123,7 @@ def as_layers(values: list[str] | str | None) -> list[int | str] | str | None:
 class RunArguments(TrainingArguments):
     """The defaults of `TrainingArguments`, but for the recipe of the paper. The rate is that of our default start."""
 
-    learning_rate: float = option(1e-3, "The learning rate, of prompts and connector. The paper's is 7e-4.")
+    learning_rate: float = option(3e-3, "The learning rate, of prompts and connector. The paper's is 7e-4.")
     lr_scheduler_type: str = option("cosine", "How the learning rate falls.")
     warmup_steps: float = option(0.03, "Steps of warm-up; below 1, their share of all.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint, or 'last': that of output_dir, if there is one.")

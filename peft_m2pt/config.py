@@ -66,9 +66,9 @@ class M2PTConfig(PeftConfig):
             layer, so that the adapter at first equals the base model behind that text, and visual prompts as what a
             blank image is in each layer. Where a model cannot be asked for these, or for interaction prompts, they
             start as with "xavier_uniform". All prompts are then trained in units of their rows: a row `P = s * W` has
-            a fixed scale `s`, about 16 times its root mean square at the start, and the optimizer sees `W`. So a step
-            of AdamW turns every row by 16 times the learning rate, whatever the width and the layer: 1e-3 suits
-            prompts as well as the connector. The other choices train the prompts as they are, and break a pretrained
+            a fixed scale `s`, and the optimizer sees `W`. So a step of AdamW turns every row by 160 times the learning
+            rate, divided by the number of layers with such prompts, whatever the width: 3e-3 suits prompts as well as
+            the connector. The other choices train the prompts as they are, and break a pretrained
             language model before the first step (a plain text at 10 nats a token, where the model by itself is at
             3). "xavier_uniform" is the paper's, on shape `[1, n, D]`: uniform in `[-a, a]` with
             `a = sqrt(6 / ((n + 1) * D))`. "normal" draws from a normal distribution with standard deviation

@@ -725,14 +725,14 @@ class TestOptions:
         """Those of M2PTConfig, and but for the rate the recipe of the paper. Code of others is not run."""
         model, data, prompts, run = parse(examples, *NEEDED)
         assert prompts.config().to_dict() == peft_m2pt.M2PTConfig().to_dict()
-        assert (run.learning_rate, run.lr_scheduler_type, run.warmup_steps) == (1e-3, "cosine", 0.03)
+        assert (run.learning_rate, run.lr_scheduler_type, run.warmup_steps) == (3e-3, "cosine", 0.03)
         assert (run.weight_decay, run.num_train_epochs) == (0, 3)
         assert not model.trust_remote_code
         assert data.bad_images == "error"
 
     def test_the_recipe(self, examples):
         _, data, prompts, run = parse(examples, EXAMPLES / "train.yaml", "--bf16", "false", "--use_cpu")
-        assert (run.learning_rate, run.lr_scheduler_type, run.warmup_steps) == (1e-3, "cosine", 0.03)
+        assert (run.learning_rate, run.lr_scheduler_type, run.warmup_steps) == (3e-3, "cosine", 0.03)
         assert (run.weight_decay, run.num_train_epochs, run.gradient_checkpointing) == (0, 3, True)
         assert run.per_device_train_batch_size * run.gradient_accumulation_steps == 32
         assert (data.max_length, prompts.num_visual_tokens, prompts.num_textual_tokens) == (1024, 20, 10)
