@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    DynamicCache,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -521,6 +522,102 @@ class TestCaches:
             outputs(model, input_ids=samples[0][:, 6 : 6 + length], **on_cache(model, unknown))
 
 
+class CachesWithoutMasks:
+    """Nothing but the positions tells where samples start, also of those behind a sliding window."""
+
+    LENGTH = 14
+
+    def inputs(self, name, *starts):
+        ids = torch.cat(make_ids(*[self.LENGTH] * len(starts)))
+        positions = torch.arange(self.LENGTH) + torch.tensor(starts)[:, None]
+        return ids, positions.expand(3, -1, -1) if name == "qwen" else positions
+
+    def feed(self, model, call, cache, inputs, *places):
+        """The outputs for the tokens between each two of these places."""
+        ids, positions = inputs
+        parts = [
+            outputs(call, input_ids=ids[:, a:b], position_ids=positions[..., a:b], **on_cache(model, cache))
+            for a, b in zip(places, places[1:])
+        ]
+        return torch.cat(parts, dim=1)
+
+    def start(self, name, is_static, *starts):
+        model, inputs = make(name), self.inputs(name, *starts)
+        cache = StaticCache(config=model.config, max_cache_len=20) if is_static else DynamicCache(config=model.config)
+        self.feed(model, model, cache, inputs, 0, 6)
+        return model, inputs, cache
+
+    def check_emptied(self, name, is_static, compiled):
+        """A single token that is fed next is the first one."""
+        ids, positions = self.inputs(name, 9, 9)
+        expected = outputs(make(name), input_ids=ids, position_ids=positions, use_cache=False)
+        model, inputs, cache = self.start(name, is_static, 0, 0)
+        call = compiled(model)
+        self.feed(model, call, cache, inputs, 6, 7, 8)
+        cache.reset() if is_static else cache.crop(-8)
+        assert_close(self.feed(model, call, cache, (ids, positions), 0, 1, 2, 5, 6), expected[:, :6])
+
+
+class TestCachesWithoutMasks(CachesWithoutMasks):
+    MOVES = {
+        "reorder_cache": (torch.tensor([1, 0]), torch.tensor([1, 0])),
+        "batch_select_indices": (torch.tensor([1, 0, 1]), torch.tensor([1, 0, 1])),
+        "batch_repeat_interleave": (2, torch.tensor([0, 0, 1, 1])),
+    }
+
+    @pytest.mark.parametrize("move, is_static", [*((move, False) for move in MOVES), ("reorder_cache", True)])
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_samples_change_places(self, name, move, is_static):
+        model, (ids, positions), cache = self.start(name, is_static, 5, 40)
+        argument, order = self.MOVES[move]
+        getattr(cache, move)(argument)
+        inputs = ids[order], positions[..., order, :]
+        step = self.feed(model, model, cache, inputs, 6, 7, 8, 11, 12)
+        expected = outputs(model, input_ids=inputs[0], position_ids=inputs[1], use_cache=False)
+        assert_close(step, expected[:, 6:12])
+
+    @torch.no_grad()
+    def test_beams(self):
+        """Beams of samples that start elsewhere are those of each sample alone."""
+        model, (ids, positions) = make(), self.inputs("llama", 5, 40)
+        options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD_TOKEN}
+        alone = [
+            model.generate(input_ids=ids[i : i + 1], position_ids=positions[i : i + 1], **options) for i in (0, 1)
+        ]
+        together = model.generate(input_ids=ids, position_ids=positions, **options)
+        for output, other in zip(together, alone):
+            assert output.tolist()[: other.shape[1]] == other[0].tolist()
+
+    @pytest.mark.parametrize("name, is_static", [*((name, True) for name in MODELS), ("llama", False)])
+    @torch.no_grad()
+    def test_emptied(self, name, is_static):
+        self.check_emptied(name, is_static, lambda model: model)
+
+    @torch.no_grad()
+    def test_the_first_token_is_cut_away(self):
+        (ids,) = make_ids(3)
+        expected = outputs(make(), input_ids=ids, use_cache=False)
+        ids, mask = torch.nn.functional.pad(ids, (3, 0)), torch.tensor([[0] * 3 + [1] * 3])
+        model = make()
+        cache = DynamicCache(config=model.config)
+        outputs(model, input_ids=ids[:, :4], attention_mask=mask[:, :4], **on_cache(model, cache))
+        cache.crop(-1)
+        for i in range(3, 6):
+            inputs = {"position_ids": torch.tensor([[20 + i]]), "attention_mask": mask[:, : i + 1]}
+            step = outputs(model, input_ids=ids[:, [i]], **inputs, **on_cache(model, cache))
+            assert_close(step, expected[:, i - 3 : i - 2])
+
+    @torch.no_grad()
+    def test_another_number_of_samples(self):
+        """Somebody has changed the tensors of a cache by hand."""
+        model, (ids, positions), cache = self.start("llama", False, 5, 40)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[[1, 0, 1]], layer.values[[1, 0, 1]]
+        with pytest.raises(UnsupportedModelError, match="a cache of whose first tokens it does not know"):
+            self.feed(model, model, cache, (ids[[1, 0, 1]], positions[[1, 0, 1]]), 6, 7)
+
+
 def on_cache(model, cache):
     return on_top_of(cache) if cache is None else {"use_cache": True, **on_top_of(cache)}
 
@@ -649,6 +746,30 @@ class TestCompiled:
             together = outputs(compiled, **inputs, **on_cache(model, cache))
         alone = [outputs(model, input_ids=sample, use_cache=False)[0, -1:] for sample in samples]
         assert_close(together, torch.stack(alone))
+
+
+class TestCompiledCaches(CachesWithoutMasks):
+    @pytest.fixture(autouse=True)
+    def dynamo(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_samples_change_places(self, name):
+        model, (ids, positions), cache = self.start(name, True, 5, 40)
+        compiled, order = torch.compile(model, backend="eager"), torch.tensor([1, 0])
+        self.feed(model, compiled, cache, (ids, positions), 6, 7, 8)
+        cache.reorder_cache(order)
+        inputs = ids[order], positions[..., order, :]
+        expected = outputs(model, input_ids=inputs[0], position_ids=inputs[1], use_cache=False)
+        assert_close(self.feed(model, compiled, cache, inputs, 8, 9, 10), expected[:, 8:10])
+
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_emptied(self, name):
+        self.check_emptied(name, True, lambda model: torch.compile(model, backend="eager"))
 
 
 class TestCosts:
