@@ -21,6 +21,7 @@ from .adapted import layer_of, release
 from .anatomy import find_sites
 from .base import NOT_MERGEABLE, M2PTLayer
 from .card import own_card
+from .chunks import refuse_unclear_chunks
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .continuous_batching import refuse_continuous_batching
@@ -235,6 +236,7 @@ class M2PTModel(BaseTuner):
                 let_caches_carry_notes()
                 layer.hooks += note_starts_of_others(model, layer.base_layer)
                 layer.hooks += refuse_mixed_sequences(layer)
+                layer.hooks += refuse_unclear_chunks(model, layer)
                 layer.hooks += refuse_continuous_batching(model)
             layer.hooks += refuse_later_adapters(model, layer, self.peft_config)
         if has_tower(model, "textual", config):

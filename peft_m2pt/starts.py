@@ -404,6 +404,9 @@ def _find_in_samples(call: _Call) -> tuple[Starts, Noted | None]:
         if sight is not None and not call.sees_all:
             # What is in the cache may only be too far away.
             is_unclear = is_new & (noted.indices >= 0)
+            begins_chunk = _begins_chunk(call, noted, indices)
+            is_new = is_new & ~(is_unclear & begins_chunk)
+            is_unclear = is_unclear & ~begins_chunk
             is_known, is_noted = is_known & ~is_unclear, is_noted & ~is_unclear
         goes_on = not call.is_in_graph and bool((is_noted & ~is_new).all())
         if goes_on and call.num_tokens == 1:
@@ -436,6 +439,12 @@ def _is_noted(call: _Call, noted: Noted, indices: torch.Tensor | None) -> torch.
         return is_noted
     # What a layer sees first that does not see all need not be the first token.
     return indices == noted.indices if call.sees_all else is_noted & (indices >= noted.indices)
+
+
+def _begins_chunk(call: _Call, noted: Noted, indices: torch.Tensor) -> torch.Tensor:
+    """Whether the first token that each sample sees is the first one of a chunk, counted from what is noted."""
+    _, chunk = local_reach(call.attention)
+    return torch.zeros_like(indices, dtype=torch.bool) if chunk is None else (indices - noted.indices) % chunk == 0
 
 
 def _distinct(places: dict[str, Any]) -> Starts:
