@@ -19,6 +19,7 @@ from transformers import Cache
 from .errors import UnsupportedModelError
 from .sight import look
 from .upstream import chunk_length
+from .wrappers import own_part
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def refuse_unclear_chunks(model: nn.Module, layer: M2PTAttention) -> list[Remova
         return []
     parts = layer.site.path.split(".")
     path = ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) - 1])
-    decoder = model.get_submodule(path)
+    decoder = own_part(model, path)
     names = list(inspect.signature(decoder.forward).parameters)
     return [decoder.register_forward_pre_hook(partial(_check, path, chunk, layer, names), with_kwargs=True)]
 
