@@ -21,7 +21,7 @@ from .init import PromptInitialiser
 from .positions import prompt_arguments
 from .rows import Rows, arrange
 from .samples import SampleAdapters, sample_adapters
-from .starts import Starts, find_starts, is_emptied, note_starts
+from .starts import Starts, find_starts, note_starts, noted_starts
 
 
 class M2PTAttention(M2PTLayer):
@@ -140,7 +140,8 @@ class M2PTAttention(M2PTLayer):
         key = (tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type), batch, *adapters)
         kept = self._kept
         can_be_kept = kept is not None and tokens.shape[-2] == 1 and kept.hold_for(cache, key)
-        can_be_kept = can_be_kept and not is_emptied(self.base_layer, cache)
+        if can_be_kept and kept.starts is not None:
+            can_be_kept = kept.starts is noted_starts(self.base_layer, cache)
         if can_be_kept and (kept.starts is None or kept.starts.count == 1 or torch.compiler.is_compiling()):
             return kept.rows
         starts = self._starts(arguments)

@@ -21,6 +21,7 @@ from .adapted import layer_of, release
 from .anatomy import find_sites
 from .base import NOT_MERGEABLE, M2PTLayer
 from .card import own_card
+from .chunks import refuse_unclear_chunks
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .continuous_batching import refuse_continuous_batching
@@ -32,6 +33,7 @@ from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
 from .names import call_anew, plain, uncompiled
+from .notes import let_caches_carry_notes
 from .packing import refuse_boundaries_of_text, refuse_mixed_sequences
 from .processes import agree_on_scales, let_take_part
 from .prompt import M2PTPrompt
@@ -231,8 +233,10 @@ class M2PTModel(BaseTuner):
             if kind == "visual":
                 layer.hooks += refuse_boundaries_of_text(tower, layer)
             else:
+                let_caches_carry_notes()
                 layer.hooks += note_starts_of_others(model, layer.base_layer)
                 layer.hooks += refuse_mixed_sequences(layer)
+                layer.hooks += refuse_unclear_chunks(model, layer)
                 layer.hooks += refuse_continuous_batching(model)
             layer.hooks += refuse_later_adapters(model, layer, self.peft_config)
         if has_tower(model, "textual", config):

@@ -69,8 +69,10 @@ def _check_boundaries(layer: M2PTAttention, tower: nn.Module, args: tuple[Any, .
 
 
 def _check_packing(layer: M2PTAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not layer.is_active:
+        return
     implementation = attention_implementation(layer.base_layer)
-    if implementation not in BY_MASK or not layer.is_active:
+    if implementation not in BY_MASK:
         return
     signature = layer.signature
     arguments = signature.bind(args, kwargs)

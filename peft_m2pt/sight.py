@@ -164,6 +164,11 @@ def _find_keys(parts: Iterator[torch.Tensor]) -> torch.Tensor:
 def _beyond_chunk(
     first: torch.Tensor, before: torch.Tensor, columns: torch.Tensor, first_of_samples: torch.Tensor, chunk: int
 ) -> torch.Tensor:
-    """The first key that tokens see, or the one in front of a token that begins a chunk."""
-    begins_chunk = (columns - first_of_samples[:, None]) % chunk == 0
-    return torch.where((first == columns) & (before >= 0) & begins_chunk, before, first)
+    """The first key that tokens see, or the one in front of a token that sees none because a chunk ends there."""
+    is_cut_off = (first == columns) & (before >= 0)
+    # Chunks are counted by columns, wherever padding hides where one begins, or by positions in each sequence.
+    of_keys = [(numbers - first_of_samples[:, None]) // chunk for numbers in (before, columns)]
+    cut_off_before = torch.where(first == columns, columns, -1).cummax(-1).values
+    cut_off_before = nn.functional.pad(cut_off_before, (1, -1), value=-1)
+    ends_chunk = (of_keys[0] < of_keys[1]) | (columns - cut_off_before == chunk)
+    return torch.where(is_cut_off & ends_chunk, before, first)

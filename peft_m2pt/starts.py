@@ -24,13 +24,10 @@ from .arguments import Role, Signature, read_signature
 from .attention import find_attention_call
 from .errors import UnsupportedModelError
 from .flash import find_packed
+from .notes import Noted, notes_of
 from .packing import BY_MASK
 from .sight import Sight, look
 from .upstream import attention_implementation, local_reach
-
-
-# Under this name, a cache carries where its first tokens stand, so that its copies carry it too.
-NOTES = "m2pt_first_tokens"
 
 
 @dataclass(frozen=True)
@@ -90,19 +87,14 @@ class Starts:
         """Those of the last sequence of each row."""
         return self if self.of_tokens is None else replace(self, of_samples=self.of_tokens[:, -1], of_tokens=None)
 
-    def places_of_samples(self, order: torch.Tensor | None = None) -> dict[str, Any]:
-        """Where the samples start, in another order if one is given. One place if it is that of all."""
-        if self.count == 1:
-            return self.places
-        return _select(self.places, self.numbers if order is None else self.numbers[order])
+    @property
+    def places_of_samples(self) -> dict[str, Any]:
+        """Where the samples start. One place if it is that of all."""
+        return self.places if self.count == 1 else _select(self.places, self.numbers)
 
-
-@dataclass(frozen=True)
-class _Noted:
-    """Of each sample in a cache: which of its tokens is the first one (-1: none so far), and where it starts."""
-
-    indices: torch.Tensor
-    starts: Starts
+    def select(self, samples: torch.Tensor) -> Starts:
+        """Those of some samples, in the order given."""
+        return self if self.count == 1 else replace(self, of_samples=self.numbers[samples])
 
 
 def find_starts(attention: nn.Module, path: str, signature: Signature, arguments: dict[str, Any]) -> Starts | None:
@@ -139,13 +131,10 @@ def find_starts(attention: nn.Module, path: str, signature: Signature, arguments
     return starts
 
 
-def is_emptied(attention: nn.Module, cache: Any) -> bool:
-    """Whether a cache that a module has filled is known to be empty again."""
-    if torch.compiler.is_compiling():
-        return False
-    length = cache.get_seq_length(getattr(attention, "layer_idx", None) or 0)
-    # To look at the number of a static one would wait for the device, for every token.
-    return isinstance(length, int) and length == 0
+def noted_starts(attention: nn.Module, cache: Any) -> Starts | None:
+    """The tokens in a cache that prompts of a module stand in front of, as far as they are noted."""
+    noted = notes_of(cache).get(_layer(attention))
+    return None if noted is None else noted.starts
 
 
 def note_starts(
@@ -203,11 +192,8 @@ def _note_starts(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: di
     note_starts(module, path, read_signature(type(module)), args, kwargs)
 
 
-def notes_of(cache: Any) -> dict[int, _Noted]:
-    """What is known of the first tokens in a cache, by layer."""
-    if not hasattr(cache, NOTES):
-        setattr(cache, NOTES, {})
-    return getattr(cache, NOTES)
+def _layer(attention: nn.Module) -> int:
+    return getattr(attention, "layer_idx", None) or 0
 
 
 class _Call:
@@ -224,7 +210,7 @@ class _Call:
         cache = signature.find(Role.CACHE, arguments)
         # One of an encoder and a decoder holds another one.
         self.cache = getattr(cache, "self_attention_cache", cache)
-        self.layer = getattr(attention, "layer_idx", None) or 0
+        self.layer = _layer(attention)
         self._past: int | torch.Tensor | None = None
         tokens = arguments[signature.input_name]
         self.batch_size, self.num_tokens = tokens.shape[0], tokens.shape[-2]
@@ -259,10 +245,12 @@ class _Call:
         return 0 if self.is_first else self.cache.get_mask_sizes(self.num_tokens, self.layer)[1]
 
     @property
-    def noted(self) -> _Noted | None:
-        """What is known of the first tokens in the cache."""
-        noted = getattr(self.cache, NOTES, {}).get(self.layer)
-        return noted if noted is not None and noted.starts.places.keys() == self.given.keys() else None
+    def noted(self) -> Noted | None:
+        """What is known of the first tokens in the cache, if it fits these."""
+        noted = None if self.cache is None else notes_of(self.cache).get(self.layer)
+        if noted is None or noted.starts.places.keys() != self.given.keys():
+            return None
+        return noted if len(noted.indices) in (1, self.batch_size) else None
 
     @property
     def has_wide_mask(self) -> bool:
@@ -314,7 +302,7 @@ class _Call:
 _found: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _remembered(call: _Call) -> tuple[Starts, _Noted | None]:
+def _remembered(call: _Call) -> tuple[Starts, Noted | None]:
     """Finds starts once for all layers that are told the same."""
     sources = call.sources
     key = (local_reach(call.attention), tuple(map(_version, sources)))
@@ -340,7 +328,7 @@ def _reference(source: Any) -> Callable[[], Any]:
     return (lambda: None) if source is None else weakref.ref(source)
 
 
-def _find(call: _Call) -> tuple[Starts, _Noted | None]:
+def _find(call: _Call) -> tuple[Starts, Noted | None]:
     if call.is_in_graph or not call.is_first:
         return _find_in_samples(call)
     sequences = call.sequences()
@@ -349,7 +337,7 @@ def _find(call: _Call) -> tuple[Starts, _Noted | None]:
         of_sequences = None if starts.of_samples is None else starts.of_samples.tolist()
         starts = Starts(starts.places, of_sequences=of_sequences)
         last = _distinct(call.take(torch.zeros_like(sequences[-1:]), sequences[-1:]))
-        return starts, None if call.cache is None else _Noted(sequences[-1:], last)
+        return starts, None if call.cache is None else Noted(sequences[-1:], last)
     sight = call.sight()
     if sight is None:
         samples = torch.arange(call.num_told_apart, device=call.device)
@@ -357,7 +345,7 @@ def _find(call: _Call) -> tuple[Starts, _Noted | None]:
     else:
         starts, indices = _find_sequences(call, sight)
         starts = replace(starts, is_complete=bool(sight.has_some.all()))
-    return starts, None if call.cache is None else _Noted(indices, starts.of_last_tokens)
+    return starts, None if call.cache is None else Noted(indices, starts.of_last_tokens)
 
 
 def _find_sequences(call: _Call, sight: Sight) -> tuple[Starts, torch.Tensor]:
@@ -388,7 +376,7 @@ def _find_sequences(call: _Call, sight: Sight) -> tuple[Starts, torch.Tensor]:
     return Starts(starts.places, of_tokens=of_tokens.expand(call.batch_size, -1)), indices
 
 
-def _find_in_samples(call: _Call) -> tuple[Starts, _Noted | None]:
+def _find_in_samples(call: _Call) -> tuple[Starts, Noted | None]:
     """
     Finds the start of each sample where a row has sequences with one start only: behind a cache, and in graphs, which
     cannot depend on what a mask shows.
@@ -400,7 +388,7 @@ def _find_in_samples(call: _Call) -> tuple[Starts, _Noted | None]:
     if call.is_first and sight is None:
         samples = torch.arange(call.num_told_apart, device=call.device)
         starts, indices = Starts(call.take(samples, torch.zeros_like(samples))), torch.zeros_like(samples)
-        return starts, None if call.cache is None else _Noted(indices, starts)
+        return starts, None if call.cache is None else Noted(indices, starts)
     samples = torch.arange(call.batch_size, device=call.device)
     if sight is None:
         indices = torch.where(torch.as_tensor(call.past == 0, device=call.device), 0, -1).expand(call.batch_size)
@@ -410,21 +398,23 @@ def _find_in_samples(call: _Call) -> tuple[Starts, _Noted | None]:
         is_new = sight.has_some & (indices >= call.past)
     places = call.take(samples, (indices - call.past).clamp(min=0, max=call.num_tokens - 1))
     is_known = is_new if sight is None else is_new | ~sight.has_some
-    noted = call.noted
+    noted, goes_on = call.noted, False
     if noted is not None:
-        order, is_noted = _find_noted(call, noted, None if sight is None else indices)
-        of_noted_indices = noted.indices if order is None else noted.indices[order]
+        is_noted = _is_noted(call, noted, None if sight is None else indices)
         if sight is not None and not call.sees_all:
             # What is in the cache may only be too far away.
-            is_unclear = is_new & (of_noted_indices >= 0)
+            is_unclear = is_new & (noted.indices >= 0)
+            begins_chunk = _begins_chunk(call, noted, indices)
+            is_new = is_new & ~(is_unclear & begins_chunk)
+            is_unclear = is_unclear & ~begins_chunk
             is_known, is_noted = is_known & ~is_unclear, is_noted & ~is_unclear
-        is_going_on = call.num_tokens == 1 and order is None and not call.is_in_graph
-        if is_going_on and bool((is_noted & ~is_new).all()):
+        goes_on = not call.is_in_graph and bool((is_noted & ~is_new).all())
+        if goes_on and call.num_tokens == 1:
             return noted.starts, None
         is_known = is_known | is_noted
-        of_noted = noted.starts.places_of_samples(order)
+        of_noted = noted.starts.places_of_samples
         places = _map(lambda new, old: torch.where(_along(is_new, new), new, old), places, of_noted)
-        indices = torch.where(is_new, indices, of_noted_indices)
+        indices = torch.where(is_new, indices, noted.indices)
     if not call.is_first:
         places = _check(call, places, is_known, "a cache of whose first tokens it does not know where they stand")
     if sight is not None and call.num_tokens > 1:
@@ -433,41 +423,28 @@ def _find_in_samples(call: _Call) -> tuple[Starts, _Noted | None]:
         what = "several sequences in one row, which start at different positions,"
         what += " in a compiled graph" if call.is_in_graph else " on top of a cache"
         places = _check(call, places, is_alone, what)
+    if goes_on:
+        return noted.starts, None
     starts = Starts(places)
     if not call.is_in_graph:
         starts = replace(_distinct(places), is_complete=bool((indices >= 0).all()))
     is_worth_noting = call.cache is not None and (call.is_in_graph or bool(is_new.any()))
-    return starts, _Noted(indices, starts) if is_worth_noting else None
+    return starts, Noted(indices, starts) if is_worth_noting else None
 
 
-def _find_noted(
-    call: _Call, noted: _Noted, indices: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | bool]:
-    """
-    Finds the samples of a call among those in the cache, of which one may have become several, or changed places.
+def _is_noted(call: _Call, noted: Noted, indices: torch.Tensor | None) -> torch.Tensor:
+    """Whether what a mask shows first of each sample, if there is one, is what is noted as its first token."""
+    is_noted = (noted.indices >= 0).expand(call.batch_size)
+    if indices is None:
+        return is_noted
+    # What a layer sees first that does not see all need not be the first token.
+    return indices == noted.indices if call.sees_all else is_noted & (indices >= noted.indices)
 
-    Returns:
-        `tuple[torch.Tensor | None, torch.Tensor | bool]`: Which one each is (`None`: in order, or it does not matter),
-        and whether that is known.
-    """
-    num_noted, is_same = len(noted.indices), torch.ones(call.batch_size, dtype=torch.bool, device=call.device)
-    in_order = num_noted in (1, call.batch_size)
-    if call.is_in_graph or indices is None:
-        return (None, is_same) if in_order or noted.starts.count == 1 else (None, ~is_same)
-    if call.sees_all:
-        matches = indices[:, None] == noted.indices
-    else:
-        # What such a layer sees first need not be the first token.
-        matches = (indices[:, None] >= noted.indices) & (noted.indices >= 0)
-    if noted.starts.count == 1:
-        return None, matches.any(-1)
-    if in_order and bool(matches.diagonal().all()):
-        return None, is_same
-    if not call.sees_all:
-        return None, matches.diagonal() if in_order else ~is_same
-    order = matches.to(torch.uint8).argmax(-1)
-    differ = noted.starts.numbers[None] != noted.starts.numbers[order][:, None]
-    return order, matches.any(-1) & ~(matches & differ).any(-1)
+
+def _begins_chunk(call: _Call, noted: Noted, indices: torch.Tensor) -> torch.Tensor:
+    """Whether the first token that each sample sees is the first one of a chunk, counted from what is noted."""
+    _, chunk = local_reach(call.attention)
+    return torch.zeros_like(indices, dtype=torch.bool) if chunk is None else (indices - noted.indices) % chunk == 0
 
 
 def _distinct(places: dict[str, Any]) -> Starts:

@@ -39,6 +39,12 @@ def local_reach(attention: nn.Module) -> tuple[int | None, int | None]:
     return window, chunk
 
 
+def chunk_length(config: PretrainedConfig) -> int | None:
+    """How long the chunks are that do not see each other in some layers of a language model, if there are any."""
+    has_chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return config.attention_chunk_size if has_chunks else None
+
+
 def recorded_attention_classes(tower: nn.Module) -> tuple[type, ...]:
     """The classes of modules whose attention weights transformers records for a tower, where it says so."""
     classes: list[type] = []

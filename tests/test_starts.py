@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    DynamicCache,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     StaticCache,
+    masking_utils,
 )
 
 from peft_m2pt import M2PTConfig, UnsupportedModelError
@@ -324,6 +326,104 @@ def test_other_rotations(name, monkeypatch):
         assert_close(together, torch.cat([outputs(model, input_ids=row[None]) for row in ids[:2, 2:]]))
 
 
+class TestChunks:
+    """The end of a chunk, behind which tokens see none before themselves, is no end of a sequence."""
+
+    CHUNK = 4
+
+    @pytest.fixture(autouse=True)
+    def llama4(self, monkeypatch):
+        monkeypatch.setitem(MODELS, "llama4", OTHER_TEXT["llama4"])
+
+    def inputs(self, lengths, starts=None):
+        positions = [torch.arange(length) + start for length, start in zip(lengths, starts or [0] * len(lengths))]
+        return {"input_ids": torch.cat(make_ids(*lengths), dim=1), "position_ids": torch.cat(positions)[None]}
+
+    def check(self, lengths, **inputs):
+        call = make("llama4").get_base_model().get_decoder()
+        alone = torch.cat([outputs(call, input_ids=sample) for sample in make_ids(*lengths)], dim=1)
+        assert_close(outputs(call, **inputs, use_cache=False), alone)
+
+    @pytest.mark.skipif(
+        not hasattr(masking_utils, "remap_positions_for_packed_sequence"),
+        reason="this transformers counts the chunks of a packed sequence from the beginning of the row",
+    )
+    @pytest.mark.parametrize("lengths", [(4, 4, 4), (3, 4, 2), (9, 5, 7), (8, 5, 7), (3, 9)])
+    @torch.no_grad()
+    def test_packing_by_positions(self, lengths):
+        self.check(lengths, **self.inputs(lengths))
+
+    @pytest.mark.parametrize("lengths", [(4, 4, 4), (3, 4, 2), (3, 3, 2)])
+    @torch.no_grad()
+    def test_packing_by_a_mask(self, lengths):
+        """Sequences that fit into chunks, since a mask that is given serves for all layers."""
+        self.check(lengths, **self.inputs(lengths), attention_mask=packed_mask(lengths))
+
+    @torch.no_grad()
+    def test_packing_by_a_mask_alone(self):
+        self.check((3, 3, 2), input_ids=self.inputs((3, 3, 2))["input_ids"], attention_mask=packed_mask((3, 3, 2)))
+
+    @pytest.mark.parametrize("spans", [(0, 6, *range(7, 15)), (0, 6, 9, 14), (0, 4, 8, 12, 14), (0, 2, 5, 6, 8, 14)])
+    @torch.no_grad()
+    def test_caches(self, spans):
+        model, samples = make("llama4"), make_ids(14, 9)
+        ids, mask = pad(samples, "left")
+        cache = DynamicCache(config=model.config)
+        together = [
+            outputs(model, input_ids=ids[:, a:b], attention_mask=mask[:, :b], **on_cache(model, cache))
+            for a, b in zip(spans, spans[1:])
+        ]
+        assert_as_alone(model, samples, torch.cat(together, dim=1), mask)
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_holes(self, seed):
+        """Wherever they are, all tokens of a sample have one first token."""
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.randint(2, (2, 21), generator=generator)
+        mask[:, :3], mask[:, 9:14], mask[:, 3] = 0, 0, 1
+        numbers = torch.arange(21) - 3
+        of_chunks = numbers[:, None] // self.CHUNK == numbers // self.CHUNK
+        sight = look(causal(mask) & of_chunks, 2, 21, 0, (None, self.CHUNK), False)
+        first = sight.first
+        for _ in range(21):
+            first = first.gather(1, first)
+        assert (first[sight.counts] == 3).all()
+
+    def refuse(self, match, call=lambda model: model, **inputs):
+        with pytest.raises((UnsupportedModelError, RuntimeError), match=match):
+            outputs(call(make("llama4")), **inputs, use_cache=False)
+
+    @torch.no_grad()
+    def test_a_sequence_begins_with_a_chunk(self):
+        """Nothing tells a layer that it is no chunk: a mask that is given serves for all, and positions go on."""
+        lengths = (5, 3, 4)
+        ids, mask = self.inputs(lengths)["input_ids"], packed_mask(lengths)
+        of_chunks = torch.arange(12)[:, None] // self.CHUNK == torch.arange(12) // self.CHUNK
+        match = (
+            r"'model' \(Llama4TextModel\) got a mask of shape \(1, 1, 12, 12\) in which a sequence may begin where a "
+            r"chunk of 4 tokens does.*Give position_ids that start at 0"
+        )
+        masks = [mask, torch.zeros(()).masked_fill(~mask, -torch.inf)]
+        for given in (*masks, {"full_attention": mask, "chunked_attention": mask & of_chunks}):
+            self.refuse(match, input_ids=ids, attention_mask=given)
+        self.refuse(match, **self.inputs(lengths, (0, 8, 0)), attention_mask=mask)
+
+    @pytest.mark.parametrize("starts", [(0, 8), (0, 9), (5, 5)])
+    @torch.no_grad()
+    def test_packed_sequences_start_elsewhere(self, starts):
+        self.refuse("got position_ids by which a sequence may begin where a chunk", **self.inputs((4, 5), starts))
+
+    @torch.no_grad()
+    def test_one_sequence(self):
+        """What `generate` makes beforehand is not refused."""
+        model, (ids,) = make("llama4"), make_ids(14)
+        mask = packed_mask([14])
+        of_chunks = torch.arange(14)[:, None] // self.CHUNK == torch.arange(14) // self.CHUNK
+        masks = {"full_attention": mask, "chunked_attention": mask & of_chunks}
+        expected = outputs(model, input_ids=ids, use_cache=False)
+        assert_close(outputs(model, input_ids=ids, attention_mask=masks, use_cache=False), expected)
+
+
 @torch.no_grad()
 def test_rotations_inside_of_the_attention():
     """Idefics gives its attention positions."""
@@ -521,6 +621,102 @@ class TestCaches:
             outputs(model, input_ids=samples[0][:, 6 : 6 + length], **on_cache(model, unknown))
 
 
+class CachesWithoutMasks:
+    """Nothing but the positions tells where samples start, also of those behind a sliding window."""
+
+    LENGTH = 14
+
+    def inputs(self, name, *starts):
+        ids = torch.cat(make_ids(*[self.LENGTH] * len(starts)))
+        positions = torch.arange(self.LENGTH) + torch.tensor(starts)[:, None]
+        return ids, positions.expand(3, -1, -1) if name == "qwen" else positions
+
+    def feed(self, model, call, cache, inputs, *places):
+        """The outputs for the tokens between each two of these places."""
+        ids, positions = inputs
+        parts = [
+            outputs(call, input_ids=ids[:, a:b], position_ids=positions[..., a:b], **on_cache(model, cache))
+            for a, b in zip(places, places[1:])
+        ]
+        return torch.cat(parts, dim=1)
+
+    def start(self, name, is_static, *starts):
+        model, inputs = make(name), self.inputs(name, *starts)
+        cache = StaticCache(config=model.config, max_cache_len=20) if is_static else DynamicCache(config=model.config)
+        self.feed(model, model, cache, inputs, 0, 6)
+        return model, inputs, cache
+
+    def check_emptied(self, name, is_static, compiled):
+        """A single token that is fed next is the first one."""
+        ids, positions = self.inputs(name, 9, 9)
+        expected = outputs(make(name), input_ids=ids, position_ids=positions, use_cache=False)
+        model, inputs, cache = self.start(name, is_static, 0, 0)
+        call = compiled(model)
+        self.feed(model, call, cache, inputs, 6, 7, 8)
+        cache.reset() if is_static else cache.crop(-8)
+        assert_close(self.feed(model, call, cache, (ids, positions), 0, 1, 2, 5, 6), expected[:, :6])
+
+
+class TestCachesWithoutMasks(CachesWithoutMasks):
+    MOVES = {
+        "reorder_cache": (torch.tensor([1, 0]), torch.tensor([1, 0])),
+        "batch_select_indices": (torch.tensor([1, 0, 1]), torch.tensor([1, 0, 1])),
+        "batch_repeat_interleave": (2, torch.tensor([0, 0, 1, 1])),
+    }
+
+    @pytest.mark.parametrize("move, is_static", [*((move, False) for move in MOVES), ("reorder_cache", True)])
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_samples_change_places(self, name, move, is_static):
+        model, (ids, positions), cache = self.start(name, is_static, 5, 40)
+        argument, order = self.MOVES[move]
+        getattr(cache, move)(argument)
+        inputs = ids[order], positions[..., order, :]
+        step = self.feed(model, model, cache, inputs, 6, 7, 8, 11, 12)
+        expected = outputs(model, input_ids=inputs[0], position_ids=inputs[1], use_cache=False)
+        assert_close(step, expected[:, 6:12])
+
+    @torch.no_grad()
+    def test_beams(self):
+        """Beams of samples that start elsewhere are those of each sample alone."""
+        model, (ids, positions) = make(), self.inputs("llama", 5, 40)
+        options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD_TOKEN}
+        alone = [
+            model.generate(input_ids=ids[i : i + 1], position_ids=positions[i : i + 1], **options) for i in (0, 1)
+        ]
+        together = model.generate(input_ids=ids, position_ids=positions, **options)
+        for output, other in zip(together, alone):
+            assert output.tolist()[: other.shape[1]] == other[0].tolist()
+
+    @pytest.mark.parametrize("name, is_static", [*((name, True) for name in MODELS), ("llama", False)])
+    @torch.no_grad()
+    def test_emptied(self, name, is_static):
+        self.check_emptied(name, is_static, lambda model: model)
+
+    @torch.no_grad()
+    def test_the_first_token_is_cut_away(self):
+        (ids,) = make_ids(3)
+        expected = outputs(make(), input_ids=ids, use_cache=False)
+        ids, mask = torch.nn.functional.pad(ids, (3, 0)), torch.tensor([[0] * 3 + [1] * 3])
+        model = make()
+        cache = DynamicCache(config=model.config)
+        outputs(model, input_ids=ids[:, :4], attention_mask=mask[:, :4], **on_cache(model, cache))
+        cache.crop(-1)
+        for i in range(3, 6):
+            inputs = {"position_ids": torch.tensor([[20 + i]]), "attention_mask": mask[:, : i + 1]}
+            step = outputs(model, input_ids=ids[:, [i]], **inputs, **on_cache(model, cache))
+            assert_close(step, expected[:, i - 3 : i - 2])
+
+    @torch.no_grad()
+    def test_another_number_of_samples(self):
+        """Somebody has changed the tensors of a cache by hand."""
+        model, (ids, positions), cache = self.start("llama", False, 5, 40)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[[1, 0, 1]], layer.values[[1, 0, 1]]
+        with pytest.raises(UnsupportedModelError, match="a cache of whose first tokens it does not know"):
+            self.feed(model, model, cache, (ids[[1, 0, 1]], positions[[1, 0, 1]]), 6, 7)
+
+
 def on_cache(model, cache):
     return on_top_of(cache) if cache is None else {"use_cache": True, **on_top_of(cache)}
 
@@ -636,6 +832,24 @@ class TestCompiled:
             outputs(compiled, **inputs)
 
     @torch.no_grad()
+    def test_chunks(self, monkeypatch):
+        monkeypatch.setitem(MODELS, "llama4", OTHER_TEXT["llama4"])
+        model, lengths = make("llama4"), (4, 4)
+        compiled = torch.compile(model, backend="eager")
+        ids, mask = torch.cat(make_ids(*lengths), dim=1), packed_mask(lengths)
+        outputs(model, input_ids=ids, use_cache=False)
+        # torch goes on uncompiled where a graph raises.
+        with pytest.raises(UnsupportedModelError, match="a mask of shape .* in which a sequence may begin"):
+            outputs(compiled, input_ids=ids, attention_mask=mask, use_cache=False)
+        positions = torch.tensor([[0, 1, 2, 3, 8, 9, 10, 11]])
+        torch._dynamo.reset()
+        with pytest.raises((RuntimeError, UnsupportedModelError), match="position_ids by which a sequence may begin"):
+            outputs(compiled, input_ids=ids, position_ids=positions, use_cache=False)
+        positions = torch.arange(8)[None]
+        expected = outputs(model, input_ids=ids, use_cache=False)
+        assert_close(outputs(compiled, input_ids=ids, position_ids=positions, use_cache=False), expected)
+
+    @torch.no_grad()
     def test_caches(self):
         """The first tokens and those behind them, each in a graph."""
         model, samples = make(), make_ids(11, 8)
@@ -649,6 +863,30 @@ class TestCompiled:
             together = outputs(compiled, **inputs, **on_cache(model, cache))
         alone = [outputs(model, input_ids=sample, use_cache=False)[0, -1:] for sample in samples]
         assert_close(together, torch.stack(alone))
+
+
+class TestCompiledCaches(CachesWithoutMasks):
+    @pytest.fixture(autouse=True)
+    def dynamo(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_samples_change_places(self, name):
+        model, (ids, positions), cache = self.start(name, True, 5, 40)
+        compiled, order = torch.compile(model, backend="eager"), torch.tensor([1, 0])
+        self.feed(model, compiled, cache, (ids, positions), 6, 7, 8)
+        cache.reorder_cache(order)
+        inputs = ids[order], positions[..., order, :]
+        expected = outputs(model, input_ids=inputs[0], position_ids=inputs[1], use_cache=False)
+        assert_close(self.feed(model, compiled, cache, inputs, 8, 9, 10), expected[:, 8:10])
+
+    @pytest.mark.parametrize("name", MODELS)
+    @torch.no_grad()
+    def test_emptied(self, name):
+        self.check_emptied(name, True, lambda model: torch.compile(model, backend="eager"))
 
 
 class TestCosts:

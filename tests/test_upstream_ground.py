@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import (
     AttentionInterface,
+    Cache,
     DynamicCache,
     EncoderDecoderCache,
     Gemma3ForCausalLM,
@@ -30,6 +31,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import M2PTConfig, upstream
+from peft_m2pt.notes import MOVES
 
 
 class TestTransformers:
@@ -51,6 +53,19 @@ class TestTransformers:
             assert own.get("m2pt_test") is print, "an interface's own entry no longer comes first"
         finally:
             AttentionInterface._global_mapping.pop("m2pt_test")
+
+    def test_caches_change_in_known_ways(self):
+        """By all of these, notes on a cache are carried along, or what is noted stays true."""
+        readers = {"get_seq_length", "get_max_length", "get_max_cache_shape", "get_mask_sizes", "get_query_offset"}
+        readers |= {"get_conv_state", "get_recurrent_state", "has_previous_state", "is_recording_past"}
+        writers = {"update", "update_conv_state", "update_recurrent_state", "update_indexer", "early_initialization"}
+        others = {"prefetch", "offload", "activate_past_recording"}
+        methods = {
+            name for name, value in vars(Cache).items() if inspect.isfunction(value) and not name.startswith("_")
+        }
+        unknown = methods - readers - writers - others - set(MOVES)
+        assert not unknown, "caches have new methods, which may bring samples elsewhere or take tokens away"
+        assert set(MOVES) <= methods, "a method of caches that carries notes has another name now"
 
     def test_recorded_attention(self):
         recorded = upstream.recorded_attention_classes(make_llava().model.language_model)
