@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME
@@ -36,12 +37,12 @@ def fetch_base(base: str, revision: str | None) -> Path:
     """
     if _is_folder("BASE", base, "revision", revision):
         return Path(base)
-    folder = Path(snapshot_download(base, revision=revision, ignore_patterns=[f"*{suffix}" for suffix in WEIGHTS]))
+    folder = _download(base, revision, ignore_patterns=[f"*{suffix}" for suffix in WEIGHTS])
     for file in FILES:
         index = folder / f"{file}.index.json"
         shards = read_json(index).get("weight_map", {}).values() if index.is_file() else ()
         # The name of the folder is that of the commit, which "main" may no longer be.
-        snapshot_download(base, revision=folder.name, allow_patterns=[file, *map(str, set(shards))])
+        _download(base, folder.name, allow_patterns=[file, *map(str, set(shards))])
         if (folder / file).is_file() or index.is_file():
             break
     return folder
@@ -71,7 +72,7 @@ def fetch_adapter(adapter: str, revision: str | None, subfolder: str | None) -> 
     else:
         prefix = f"{subfolder}/" if subfolder else ""
         patterns = [f"{prefix}adapter_model.*", *BESIDE_AN_ADAPTER]
-        root = Path(snapshot_download(adapter, revision=revision, allow_patterns=patterns))
+        root = _download(adapter, revision, allow_patterns=patterns)
     folder = root / (subfolder or "")
     if not (folder / CONFIG_NAME).is_file():
         names = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
@@ -89,6 +90,13 @@ def _is_folder(what: str, source: str, field: str, revision: str | None) -> bool
     if not is_repo_id(source):
         raise BundleError(f"{what} {source!r} is neither a folder nor the name of a repository of the Hub.")
     return False
+
+
+def _download(repo_id: str, revision: str | None, **kwargs: Any) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, **kwargs))
+    except Exception as error:  # of the Hub's client and of what it is built on
+        raise OSError(f"{repo_id!r} cannot be downloaded: {error}") from error
 
 
 def _check_alone(folder: Path) -> None:

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_methods import WORK
-from models import NUM_PATCHES, adapt, make_config, make_inputs, make_llava
+from families import FAMILIES
+from families.spec import make_inputs as make_family_inputs
+from families.spec import make_model
+from models import NUM_PATCHES, adapt, make_config, make_inputs, make_llava, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_interaction import make_processor
@@ -34,6 +37,7 @@ from peft_m2pt.bundled import MODEL_TYPE
 from peft_m2pt.checkpoint import Checkpoint
 from peft_m2pt.cli import main
 from peft_m2pt.layer import M2PTAttention
+from peft_m2pt.upstream import AUTO_CLASSES
 
 
 ROWS = "m2pt_textual_rows.safetensors"
@@ -94,6 +98,21 @@ def load(folder, **kwargs):
     return AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
 
 
+def config_for(family):
+    has_interaction = isinstance(family.connector, int) and not family.refused
+    return M2PTConfig(
+        **{"num_visual_tokens": 2, "num_textual_tokens": 3, **{f"num_{kind}_tokens": 0 for kind in family.refused}},
+        num_interaction_tokens=2 if has_interaction else 0,
+        tune_connector=family.has_connector and not family.refused,
+        init_prompts="xavier_uniform",
+    )
+
+
+def chooses(auto_class, model):
+    found = auto_class._model_mapping[type(model.config)] if type(model.config) in auto_class._model_mapping else ()
+    return type(model) in (found if isinstance(found, (list, tuple)) else (found,))
+
+
 def edit(file, **values):
     content = {**json.loads(file.read_text()), **values}
     file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
@@ -122,6 +141,24 @@ class TestAnswers:
         model = load(output)
         assert torch.equal(logits(model), expected(base, adapter))
         assert not torch.equal(logits(model), logits(load_base(base)))
+
+    @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm", "mllama", "florence2", "siglip"])
+    def test_other_families(self, tmp_path, output, name):
+        family = next(family for family in FAMILIES if family.name == name)
+        make_model(family, "eager").save_pretrained(tmp_path / "base")
+        base = type(make_model(family, "eager")).from_pretrained(tmp_path / "base", attn_implementation="eager")
+        model = get_peft_model(base, config_for(family))
+        randomise(model, seed=2)
+        model.save_pretrained(tmp_path / "adapter")
+        peft_m2pt.bundle(tmp_path / "base", tmp_path / "adapter", output)
+        auto_class = next(auto_class for auto_class in AUTO_CLASSES if chooses(auto_class, base))
+        loaded = auto_class.from_pretrained(output, attn_implementation="eager")
+        assert type(loaded) is type(base)
+        inputs = family.pack(make_family_inputs(family))
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**inputs)[0], model.eval()(**inputs)[0], rtol=0, atol=1e-5)
+        if model.peft_config["default"].num_textual_tokens:
+            check_rows(output, loaded)
 
     @pytest.mark.parametrize("how", [{}, SHARDED], ids=["one file", "sharded"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
