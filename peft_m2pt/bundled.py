@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from peft.functional import cast_adapter_dtype
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils import set_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .bundle_card import describe_bundle
 from .bundled import BASE_INDEX, mask
@@ -248,7 +249,8 @@ def _adapted_processor(config: M2PTConfig, base: Path, adapter: Path) -> Process
     if source == base and not in_image and not was_adapted:
         return None
     try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        # Looked up here, since an import would take the package's own import longer.
+        processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (ImportError, OSError, ValueError) as error:
         raise BundleError(
             f"interaction_placement={config.interaction_placement!r}: the processor has to be adapted, or is the "

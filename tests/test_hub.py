@@ -483,6 +483,7 @@ class TestBundle:
 
     def test_an_interrupted_download(self, hub, tmp_path, monkeypatch):
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty cache"))
         hub.fail("GET", "/model.safetensors", "cut", times=100)
         with pytest.raises(OSError, match=f"'{BASE}' cannot be downloaded: .*peer closed"):
             peft_m2pt.bundle(BASE, ADAPTER, tmp_path / "bundle")
