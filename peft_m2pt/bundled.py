@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +59,14 @@ def mask(config: Mapping[str, Any]) -> dict[str, Any]:
         `dict[str, Any]`
     """
     return {**config, **{f"{ORIGINAL}{name}": config[name] for name in MASK if name in config}, **MASK}
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle, by its config.json."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 class BundleConfig(PretrainedConfig):

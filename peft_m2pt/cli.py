@@ -12,7 +12,7 @@ from .bundling import bundle
 from .convert import convert_checkpoint
 from .environment import describe_environment
 from .inspection import inspect_model
-from .running import find_program
+from .running import find_program, find_server
 
 
 INTERRUPTED = 130
@@ -98,6 +98,20 @@ def _make_parser() -> argparse.ArgumentParser:
     bundle.add_argument("--adapter-subfolder", metavar="NAME", help="where in ADAPTER the adapter is")
     bundle.set_defaults(run=_bundle)
 
+    serve = commands.add_parser(
+        "serve",
+        help="serve a bundle with the server of transformers",
+        description="Serves a bundle with `transformers serve`, over an API that the clients of OpenAI know.",
+    )
+    serve.add_argument("bundle", type=Path, metavar="DIR", help="folder that `peft-m2pt bundle` has made")
+    serve.add_argument(
+        "arguments",
+        metavar="ARGUMENTS",
+        nargs=argparse.REMAINDER,
+        help="arguments of `transformers serve`, such as --port 8000",
+    )
+    serve.set_defaults(run=_serve)
+
     inspect = commands.add_parser(
         "inspect",
         help="say what M2PT finds in a model",
@@ -161,6 +175,10 @@ def _bundle(arguments: argparse.Namespace) -> None:
         copy=arguments.copy,
     )
     print(f"{arguments.output} is complete; its README.md says how to load and serve it.")
+
+
+def _serve(arguments: argparse.Namespace) -> Callable[[], Any]:
+    return find_server(arguments.bundle, arguments.arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
