@@ -21,7 +21,7 @@ processor = AutoProcessor.from_pretrained(".")
 
 ## Serving
 
-    python -m peft_m2pt run transformers serve FOLDER     # pip install "transformers[serving]"
+    peft-m2pt serve FOLDER     # pip install "transformers[serving]"
     python -m peft_m2pt run lm_eval --model hf-multimodal --model_args pretrained=FOLDER --tasks ...
 
 `python -m peft_m2pt run` runs any program that loads models with the auto classes of transformers.

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers.utils.import_utils import is_serve_available
 
 from .bundled import is_bundle
@@ -58,6 +59,8 @@ def find_server(bundle: Path, arguments: Sequence[str]) -> Callable[[], Any]:
         raise ValueError(f"{bundle} is not a bundle. Make one with `peft-m2pt bundle BASE ADAPTER --output DIR`.")
     if not is_serve_available():
         raise ValueError("The server lacks packages. Install them with `pip install 'transformers[serving]'`.")
+    # Up to transformers 5.23, the list of models is that of the cache, and an error of the server if there is none.
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     return find_program("transformers", ["serve", str(bundle), *arguments])
 
 

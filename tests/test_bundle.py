@@ -32,7 +32,7 @@ from transformers import (
 
 import peft_m2pt
 import peft_m2pt.bundling
-from peft_m2pt import BundleError, M2PTConfig
+from peft_m2pt import BundleError, M2PTConfig, running
 from peft_m2pt.bundled import MODEL_TYPE
 from peft_m2pt.checkpoint import Checkpoint
 from peft_m2pt.cli import main
@@ -697,3 +697,29 @@ class TestCommand:
         environment = {**os.environ, "PYTHONPATH": str(Path(peft_m2pt.__file__).parent.parent)}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert "M2PTAttention" in result.stdout, result.stderr
+
+
+class TestServe:
+    """How the server is started. `make test-serving` asks it."""
+
+    @pytest.fixture(autouse=True)
+    def packages(self, monkeypatch):
+        monkeypatch.setattr(running, "is_serve_available", lambda: True)
+        monkeypatch.setattr(running, "_find", lambda program: lambda: print(*sys.argv))
+        monkeypatch.setattr(sys, "argv", [])
+
+    def test_arguments(self, base, adapter, output, capsys):
+        peft_m2pt.bundle(base, adapter, output)
+        assert main(["serve", str(output), "--port", "8001", "--device", "cpu"]) == 0
+        assert capsys.readouterr().out == f"transformers serve {output} --port 8001 --device cpu\n"
+
+    def test_no_bundle(self, base, tmp_path, capsys):
+        for folder in (base, tmp_path / "nowhere"):
+            assert main(["serve", str(folder)]) == 1
+            assert f"{folder} is not a bundle. Make one with `peft-m2pt bundle" in capsys.readouterr().err
+
+    def test_no_packages(self, base, adapter, output, capsys, monkeypatch):
+        peft_m2pt.bundle(base, adapter, output)
+        monkeypatch.setattr(running, "is_serve_available", lambda: False)
+        assert main(["serve", str(output)]) == 1
+        assert "pip install 'transformers[serving]'" in capsys.readouterr().err

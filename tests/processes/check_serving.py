@@ -15,7 +15,9 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+import transformers
 from models import adapt
+from packaging.version import Version
 from peft import PeftModel
 from PIL import Image
 from test_train import IMAGE_SIZE, make_model, make_processor
@@ -158,4 +160,6 @@ def test_a_broken_image(served):
 
 
 def test_models(served):
-    assert [model.id for model in served.client.models.list()] == [str(served.bundle)]
+    listed = [model.id for model in served.client.models.list()]
+    # Before, they are those of the cache.
+    assert listed == ([str(served.bundle)] if Version(transformers.__version__) >= Version("5.24") else [])
