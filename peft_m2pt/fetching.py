@@ -15,7 +15,8 @@ from .errors import BundleError
 
 # What weights are saved as, by all frameworks. Of these, only the files that transformers would load are fetched.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".npz")
-BESIDE_AN_ADAPTER = ("*.json", "*.jinja", "*.txt", "*.model", "README.md")
+CARD = "README.md"
+BESIDE_AN_ADAPTER = ("*.json", "*.jinja", "*.txt", "*.model", CARD)
 
 
 def fetch_base(base: str, revision: str | None) -> Path:
@@ -102,12 +103,12 @@ def _download(repo_id: str, revision: str | None, **kwargs: Any) -> Path:
 def _check_alone(folder: Path) -> None:
     """Refuses one of several adapters of different methods that PEFT has saved with one model."""
     parent = folder.absolute().parent
-    if (folder / "README.md").exists() or not (parent / "README.md").exists():
-        # PEFT writes one card for all adapters of a model, beside their folders.
-        return
-    methods = {path.parent.name: read_json(path).get("peft_type") for path in parent.glob(f"*/{CONFIG_NAME}")}
+    # PEFT writes one card for all adapters of a model: beside that of the name "default" and the folders of others.
+    root = parent if not (folder / CARD).exists() and (parent / CARD).exists() else folder
+    configs = [path for path in (root / CONFIG_NAME, *root.glob(f"*/{CONFIG_NAME}")) if path.is_file()]
+    methods = {str(path.parent.relative_to(root)): read_json(path).get("peft_type") for path in configs}
     others = {name: method for name, method in methods.items() if method != "M2PT"}
-    if methods.get(folder.name) == "M2PT" and others:
+    if others and read_json(folder / CONFIG_NAME).get("peft_type") == "M2PT":
         raise BundleError(
             f"The adapter was saved from a model that had adapters of other methods too, by peft_type: {others}. M2PT "
             f"was tuned on what they make of the base model, and a bundle would be without them. Merge them into the "

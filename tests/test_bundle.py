@@ -24,10 +24,13 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    LlamaForCausalLM,
     LlavaForConditionalGeneration,
+    pipeline,
 )
 
 import peft_m2pt
@@ -227,6 +230,30 @@ class TestAnswers:
         # A part of the model has other module paths than those that the adapter was saved with.
         with pytest.raises(ValueError, match="do not fit the model"):
             AutoModel.from_pretrained(output)
+
+    def test_pipeline(self, tmp_path, output):
+        base = save_base(tmp_path / "base", processor=True)
+        adapter = save_adapter(base, tmp_path / "adapter")
+        peft_m2pt.bundle(base, adapter, output)
+        model = pipeline("image-text-to-text", model=str(output)).model
+        assert type(model) is LlavaForConditionalGeneration
+        assert torch.equal(logits(model), expected(base, adapter))
+
+    def test_a_language_model_alone(self, tmp_path, output):
+        make_llava().model.language_model.config.save_pretrained(tmp_path / "config")
+        torch.manual_seed(0)
+        LlamaForCausalLM(AutoConfig.from_pretrained(tmp_path / "config")).save_pretrained(tmp_path / "base")
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        config = M2PTConfig(num_visual_tokens=0, num_interaction_tokens=0, tune_connector=False, num_textual_tokens=3)
+        model = get_peft_model(base, config)
+        randomise(model, seed=2)
+        model.save_pretrained(tmp_path / "adapter")
+        peft_m2pt.bundle(tmp_path / "base", tmp_path / "adapter", output)
+        loaded = AutoModelForCausalLM.from_pretrained(output)
+        input_ids = make_inputs(images=False)["input_ids"]
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids).logits, model.eval()(input_ids).logits)
+        check_rows(output, loaded)
 
     def test_other_models_are_loaded_as_ever(self, base, adapter, output):
         peft_m2pt.bundle(base, adapter, output)
@@ -537,15 +564,26 @@ class TestRefused:
         peft_m2pt.bundle(base, tmp_path / "adapters", output, adapter_subfolder="first")
         assert torch.equal(logits(load(output)), expected(base, tmp_path / "adapters" / "first"))
 
-    @pytest.mark.parametrize("subfolder", [None, "m2pt"])
-    def test_lora_beneath(self, base, tmp_path, output, subfolder):
-        model = get_peft_model(load_base(base), LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
-        get_peft_model(model, make_config(), adapter_name="m2pt").save_pretrained(tmp_path / "both")
-        adapter = tmp_path / "both" / ("" if subfolder else "m2pt")
+    @pytest.mark.parametrize(
+        "lora, m2pt, subfolder", [("lora", "m2pt", None), ("lora", "m2pt", "m2pt"), ("lora", "default", None)]
+    )
+    def test_lora_beneath(self, base, tmp_path, output, lora, m2pt, subfolder):
+        model = get_peft_model(load_base(base), LoraConfig(target_modules=["q_proj"]), adapter_name=lora)
+        get_peft_model(model, make_config(), adapter_name=m2pt).save_pretrained(tmp_path / "both")
+        own = tmp_path / "both" / ("" if m2pt == "default" else m2pt)
         message = r"adapters of other methods too, by peft_type: \{'lora': 'LORA'\}"
-        self.check(base, adapter, output, message, adapter_subfolder=subfolder)
-        shutil.copytree(tmp_path / "both" / "m2pt", tmp_path / "alone")
+        self.check(base, tmp_path / "both" if subfolder else own, output, message, adapter_subfolder=subfolder)
+        # Who says that it was tuned without, by putting it elsewhere, is believed.
+        (tmp_path / "alone").mkdir()
+        for name in ("adapter_config.json", WEIGHTS):
+            shutil.copy(own / name, tmp_path / "alone")
         peft_m2pt.bundle(base, tmp_path / "alone", output)
+
+    def test_adapters_that_only_lie_beside_each_other(self, base, tmp_path, output):
+        get_peft_model(load_base(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+        save_adapter(base, tmp_path / "m2pt")
+        (tmp_path / "README.md").write_text("adapters of mine")
+        peft_m2pt.bundle(base, tmp_path / "m2pt", output)
 
     def test_a_base_with_an_adapter_of_its_own(self, base, adapter, output):
         get_peft_model(load_base(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(base)
