@@ -85,7 +85,7 @@ def describe_bundle(base: str, adapter: str, loader: str, config: M2PTConfig, ha
     if config.num_textual_tokens == 0:
         reason = "there are no prompts in the language model"
     else:
-        reason = f"more than prompts was trained (modules_to_save={config.modules_to_save})"
+        reason = "the adapter holds more than prompts and a connector"
     return TEXT.format(
         base=base,
         adapter=adapter,

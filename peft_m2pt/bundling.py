@@ -199,8 +199,8 @@ def _check_base(config: PeftConfig, base: str, folder: Path, files: list[Path]) 
         )
     if differs is None:
         warnings.warn(
-            f"The adapter was tuned on {tuned_on!r} (base_model_name_or_path), and is bundled with {base!r}. Their "
-            f"shapes agree; whether their weights do cannot be seen from here."
+            f"The adapter was tuned on {tuned_on!r} (base_model_name_or_path), and is bundled with {base!r}. Whether "
+            f"the two have the same weights cannot be seen from here: only their shapes are compared."
         )
 
 
