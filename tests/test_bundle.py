@@ -330,6 +330,7 @@ class TestWithoutThePackage:
         """They take all files of tensors, or those that the index names, and refuse names that they do not know."""
         files = sorted(bundle.glob("*.safetensors"))
         index = bundle / "model.safetensors.index.json"
+        assert index.is_file() == any(bundle.glob("model-*"))
         if index.is_file():
             weight_map = json.loads(index.read_text())["weight_map"]
             assert all(name in load_file(bundle / file) for name, file in weight_map.items())
