@@ -8,7 +8,7 @@ VERSIONS := lowest middle newest main
 # One process of tests for each core, and the tests of a file in one of them, since they share models.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed models style lint clean
+.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving models style lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -45,6 +45,10 @@ test-deepspeed: $(VENV)-deepspeed/installed
 	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(VENV)-deepspeed/bin:$$PATH" \
 		$(VENV)-deepspeed/bin/python -m pytest tests/processes/check_deepspeed.py $(ARGS)
 
+# Starts the server of transformers on loopback, and asks it with the client of OpenAI.
+test-serving: $(VENV)-serving/installed
+	$(VENV)-serving/bin/python -m pytest tests/processes/check_serving.py $(ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,6 +80,12 @@ $(VENV)-deepspeed/installed: pyproject.toml constraints.txt
 		--constraint constraints.txt --group deepspeed
 	touch $@
 
+$(VENV)-serving/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-serving
+	$(VENV)-serving/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-serving/bin/python -m pip install --quiet --constraint constraints.txt --group serving --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed
+	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving
 	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

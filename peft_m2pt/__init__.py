@@ -1,12 +1,14 @@
 """
 Multimodal Prompt Tuning (M2PT, EMNLP 2024, arXiv 2409.15657) as a PEFT method.
 
-Importing this package registers the method with PEFT, nothing more.
+Importing this package registers the method with PEFT, and the model type of bundles with transformers, nothing more.
 """
 
+from .bundled import register_bundles
+from .bundling import bundle
 from .config import M2PTConfig
 from .connector import M2PTConnector
-from .errors import AdapterFileError, ConversionError, UnsupportedModelError
+from .errors import AdapterFileError, BundleError, ConversionError, UnsupportedModelError
 from .layer import M2PTAttention
 from .model import M2PTModel
 from .optimizer import get_parameter_groups
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "BundleError",
     "ConversionError",
     "M2PTAttention",
     "M2PTConfig",
@@ -25,7 +28,9 @@ __all__ = [
     "M2PTModel",
     "UnsupportedModelError",
     "adapt_processor",
+    "bundle",
     "get_parameter_groups",
 ]
 
 register(M2PTConfig, M2PTModel)
+register_bundles()

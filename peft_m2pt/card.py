@@ -117,7 +117,7 @@ class Card:
         return cls(
             base_model=config.base_model_name_or_path or base_model.__dict__.get("name_or_path") or None,
             revision=config.revision,
-            loader=_loader(type(base_model).__name__),
+            loader=find_loader(type(base_model).__name__),
             tags=(*(getattr(base_model, "model_tags", None) or []), *model._get_peft_specific_model_tags(), *TAGS),
             tables={name: _table([part for part in parts if part.adapter == name], total) for name in configs},
             in_image=frozenset(
@@ -167,7 +167,7 @@ class Card:
             # The other one is what PEFT writes for task type "CAUSAL_LM".
             data.pipeline_tag = PIPELINE
         tags = {*(data.tags or []), *tags, *self.tags}
-        if _is_repo_id(self.base_model):
+        if is_repo_id(self.base_model):
             data.base_model = self.base_model
         else:
             # The Hub refuses cards that name a folder.
@@ -198,6 +198,7 @@ class Card:
                 "Tuned with [M2PT](https://arxiv.org/abs/2409.15657): prompts in vision encoder and language"
                 " model, and between them. The base model itself is unchanged. Needs `pip install peft-m2pt`.",
                 f"```py\n{self._code(adapters, repo_id)}\n```",
+                "To serve it, `peft-m2pt bundle BASE ADAPTER --output DIR` makes one folder of the two.",
                 *tables,
                 "### Framework versions",
                 _versions(),
@@ -239,7 +240,7 @@ def _subfolder(adapter_name: str) -> str:
     return "" if adapter_name == "default" else adapter_name
 
 
-def _loader(class_name: str) -> str:
+def find_loader(class_name: str) -> str:
     names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
     # Some models have several classes.
     known = {name for value in names for name in ((value,) if isinstance(value, str) else value)}
@@ -248,7 +249,7 @@ def _loader(class_name: str) -> str:
     return class_name if hasattr(transformers, class_name) else "AutoModel"
 
 
-def _is_repo_id(name: str | None) -> bool:
+def is_repo_id(name: str | None) -> bool:
     if not name:
         return False
     try:

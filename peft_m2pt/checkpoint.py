@@ -53,7 +53,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
-        for file, expected in _find_files(folder).items():
+        for file, expected in find_files(folder).items():
             tensors = load_tensors(file)
             for name, tensor in tensors.items():
                 if name in self.tensors:
@@ -140,8 +140,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _find_files(folder: Path) -> dict[Path, set[str]]:
-    """Finds the files of a checkpoint, and which tensors are in them according to the index, if there is one."""
+def find_files(folder: Path) -> dict[Path, set[str]]:
+    """
+    Finds the files of a checkpoint, in the order in which transformers looks for them.
+
+    Args:
+        folder (`Path`):
+            The folder.
+
+    Returns:
+        `dict[Path, set[str]]`: For each file the tensors that are in it according to the index, if there is one.
+
+    Raises:
+        ConversionError: If there are none, or not all that the index names.
+    """
     for name in FILES:
         if (folder / name).is_file():
             return {folder / name: set()}

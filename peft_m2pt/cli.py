@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .bundling import bundle
 from .convert import convert_checkpoint
 from .environment import describe_environment
 from .inspection import inspect_model
-from .running import find_program
+from .running import find_program, find_server
 
 
 INTERRUPTED = 130
@@ -76,6 +77,41 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
+    bundle = commands.add_parser(
+        "bundle",
+        help="make one folder of a base model and an adapter, to be served",
+        description="Makes one folder of a base model and an M2PT adapter, for every program that takes the name of a "
+        "model and loads it with the auto classes of transformers. BASE and ADAPTER are folders or ids of the Hub.",
+    )
+    bundle.add_argument("base", metavar="BASE", help="the base model")
+    bundle.add_argument("adapter", metavar="ADAPTER", help="the M2PT adapter")
+    bundle.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    bundle.add_argument(
+        "--copy", action="store_true", help="copy the files of the base model, instead of linking to them"
+    )
+    bundle.add_argument(
+        "--revision",
+        metavar="REVISION",
+        help="branch, tag or commit of BASE (default: the one that the adapter names)",
+    )
+    bundle.add_argument("--adapter-revision", metavar="REVISION", help="branch, tag or commit of ADAPTER")
+    bundle.add_argument("--adapter-subfolder", metavar="NAME", help="where in ADAPTER the adapter is")
+    bundle.set_defaults(run=_bundle)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a bundle with the server of transformers",
+        description="Serves a bundle with `transformers serve`, over an API that the clients of OpenAI know.",
+    )
+    serve.add_argument("bundle", type=Path, metavar="DIR", help="folder that `peft-m2pt bundle` has made")
+    serve.add_argument(
+        "arguments",
+        metavar="ARGUMENTS",
+        nargs=argparse.REMAINDER,
+        help="arguments of `transformers serve`, such as --port 8000",
+    )
+    serve.set_defaults(run=_serve)
+
     inspect = commands.add_parser(
         "inspect",
         help="say what M2PT finds in a model",
@@ -126,6 +162,23 @@ def _convert(arguments: argparse.Namespace) -> None:
         f"{arguments.output} is complete: {config.num_visual_tokens} visual and {config.num_textual_tokens} textual "
         f"prompts per layer, {config.num_interaction_tokens} interaction prompts."
     )
+
+
+def _bundle(arguments: argparse.Namespace) -> None:
+    bundle(
+        arguments.base,
+        arguments.adapter,
+        arguments.output,
+        revision=arguments.revision,
+        adapter_revision=arguments.adapter_revision,
+        adapter_subfolder=arguments.adapter_subfolder,
+        copy=arguments.copy,
+    )
+    print(f"{arguments.output} is complete; its README.md says how to load and serve it.")
+
+
+def _serve(arguments: argparse.Namespace) -> Callable[[], Any]:
+    return find_server(arguments.bundle, arguments.arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

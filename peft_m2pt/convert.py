@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from .checkpoint import Checkpoint
 from .config import M2PTConfig
 from .connector import M2PTConnector
 from .errors import ConversionError
+from .folders import complete_or_absent, is_taken
 from .layer import M2PTAttention
 from .official import CONNECTOR, PROMPTS, Weight, find_feature_layer, find_prompts, find_weights, make_config
 from .processing import adapt_processor
@@ -113,7 +112,7 @@ def convert_checkpoint(
     ```
     """
     original, language_model, vision_tower, output = map(Path, (original, language_model, vision_tower, output))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if is_taken(output):
         raise ConversionError(f"{output} exists and is not empty. Choose another output folder.")
 
     # Everything is checked before anything is written.
@@ -129,7 +128,7 @@ def convert_checkpoint(
     generation_config = _add_image_token(config, processor.tokenizer, weights)
     files = _split(weights, max_shard_size)
 
-    with _complete_or_absent(output) as folder:
+    with complete_or_absent(output) as folder:
         config.save_pretrained(folder / "base")
         generation_config.save_pretrained(folder / "base")
         processor.save_pretrained(folder / "base")
@@ -251,19 +250,3 @@ def _explained(problem: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ConversionError(f"{problem}: {error}") from error
-
-
-@contextmanager
-def _complete_or_absent(output: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which becomes `output` if nothing goes wrong, and is removed otherwise."""
-    output = output.absolute()
-    folder = output.with_name(f"{output.name}.incomplete-{secrets.token_hex(4)}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -41,6 +41,14 @@ class ConversionError(M2PTError):
     """
 
 
+class BundleError(M2PTError):
+    """
+    A base model and an adapter cannot be bundled.
+
+    The message names the field, the file or the tensor that is in the way. Nothing has been written.
+    """
+
+
 class AdapterFileError(M2PTError):
     """
     A file of a saved adapter is damaged, or is no such file.

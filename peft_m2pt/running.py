@@ -1,4 +1,4 @@
-"""Runs another program with M2PT registered: `python -m peft_m2pt run`."""
+"""Runs another program with M2PT registered: `python -m peft_m2pt run` and `serve`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants
+from transformers.utils.import_utils import is_serve_available
+
+from .bundled import is_bundle
 
 
 def find_program(program: str, arguments: Sequence[str]) -> Callable[[], Any]:
@@ -32,6 +37,31 @@ def find_program(program: str, arguments: Sequence[str]) -> Callable[[], Any]:
     start = _find(program)
     sys.argv = [program, *arguments]
     return start
+
+
+def find_server(bundle: Path, arguments: Sequence[str]) -> Callable[[], Any]:
+    """
+    Finds the server of transformers, to serve a bundle in this process.
+
+    Args:
+        bundle (`Path`):
+            The folder.
+        arguments (`Sequence[str]`):
+            Further arguments of `transformers serve`.
+
+    Returns:
+        `Callable`: Runs it.
+
+    Raises:
+        ValueError: If the folder is not a bundle, or if the server lacks packages.
+    """
+    if not is_bundle(bundle):
+        raise ValueError(f"{bundle} is not a bundle. Make one with `peft-m2pt bundle BASE ADAPTER --output DIR`.")
+    if not is_serve_available():
+        raise ValueError("The server lacks packages. Install them with `pip install 'transformers[serving]'`.")
+    # Up to transformers 5.23, the list of models is that of the cache, and an error of the server if there is none.
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    return find_program("transformers", ["serve", str(bundle), *arguments])
 
 
 def _find(program: str) -> Callable[[], Any]:

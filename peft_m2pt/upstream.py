@@ -7,7 +7,8 @@ When a release changes any of it, `tests/test_upstream_ground.py` fails and says
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,12 +17,26 @@ import transformers.integrations.peft
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.models.auto import modeling_auto
 
 
 # The method of models on which all ways into continuous batching rest: `generate_batch`, its context manager, and the
 # servers of transformers and TRL.
 CONTINUOUS_BATCHING = "init_continuous_batching"
+
+# All classes that choose a model by the class of its config, by a table that others can add to.
+AUTO_CLASSES = tuple(
+    auto_class
+    for name, auto_class in vars(modeling_auto).items()
+    if name.startswith("AutoModel") and getattr(auto_class, "_model_mapping", None) is not None
+)
+
+# The field of a config that names the file with the weights. Anything but the name of such a file is refused with an
+# error that quotes it.
+WEIGHTS_FIELD = "transformers_weights"
 
 
 def attention_implementation(attention: nn.Module) -> str:
@@ -114,6 +129,67 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def needed_peft() -> str | None:
     """The lowest version of PEFT that transformers takes in its own `add_adapter` and `load_adapter`."""
     return getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", None)
+
+
+def with_loader(model_class: type[PreTrainedModel], load_adapter: Callable) -> type[PreTrainedModel]:
+    """
+    Makes a class whose `from_pretrained` loads the adapter that it finds beside a model in another way than that of
+    transformers, which can ask for a PEFT that is not there.
+
+    Args:
+        model_class (`type[PreTrainedModel]`):
+            The class of the model, and of what is loaded.
+        load_adapter (`Callable`):
+            Gets the model, the folder and the name of the adapter.
+
+    Returns:
+        `type[PreTrainedModel]`
+    """
+
+    def load(self: PreTrainedModel, path: str, adapter_name: str = "default", **kwargs: Any) -> SimpleNamespace:
+        self.__class__ = model_class
+        load_adapter(self, path, adapter_name)
+        return SimpleNamespace(to_dict=lambda: {"missing_keys": set(), "unexpected_keys": set()})
+
+    return type(model_class.__name__, (model_class,), {"__module__": model_class.__module__, "load_adapter": load})
+
+
+def mark_as_adapted(model: PreTrainedModel) -> None:
+    """Lets the methods that transformers' models have for adapters know of one that PEFT has put in."""
+    model._hf_peft_config_loaded = True
+
+
+def is_adapted(model: PreTrainedModel) -> bool:
+    """Whether these methods know of an adapter."""
+    return model._hf_peft_config_loaded
+
+
+def names_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """
+    Says under which names transformers loads the tensors of a checkpoint.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, which may be on the meta device.
+        names (`Iterable[str]`):
+            Names in the checkpoint.
+
+    Returns:
+        `dict[str, str]`: Names in the checkpoint by names in the model. Tensors that are changed when they are loaded,
+        by more than their name, are not in it.
+    """
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    weights, prefix = model.state_dict(), model.base_model_prefix
+    found = {}
+    for name in names:
+        new_name, source = rename_source_key(name, renamings, converters, prefix, weights)
+        if new_name not in weights and name in weights:
+            new_name, source = name, None
+        if source is None:
+            found[new_name] = name
+    return found
 
 
 def offloaded_to(module: nn.Module) -> torch.device | None:

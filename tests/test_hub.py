@@ -22,8 +22,10 @@ from test_interaction import make_processor
 from test_training import make_trainer
 from transformers import AutoModelForImageTextToText
 
+import peft_m2pt
 from peft_m2pt.base import M2PTLayer
-from peft_m2pt.errors import AdapterFileError
+from peft_m2pt.cli import main
+from peft_m2pt.errors import AdapterFileError, BundleError
 
 
 BASE = "user/base"
@@ -402,3 +404,90 @@ def test_trainer(hub, tmp_path):
     assert "- learning_rate: 0.05" in card.text
     model.eval()
     assert torch.equal(logits(PeftModel.from_pretrained(base(), "user/trained")), logits(model))
+
+
+class TestBundle:
+    """Bundles of models and adapters that are on the Hub."""
+
+    def load(self, folder):
+        return AutoModelForImageTextToText.from_pretrained(folder)
+
+    def test_by_id(self, hub, tmp_path):
+        hub.requests.clear()
+        peft_m2pt.bundle(BASE, ADAPTER, tmp_path / "bundle")
+        assert torch.equal(logits(self.load(tmp_path / "bundle")), expected_logits())
+        link = tmp_path / "bundle" / "model.safetensors"
+        assert link.is_symlink() and link.resolve().is_relative_to(tmp_path / "cache")
+        assert (tmp_path / "bundle" / "processor_config.json").is_symlink()
+        assert not [request for request in hub.requests if "pytorch_model" in request]
+
+    def test_offline(self, hub, tmp_path, monkeypatch):
+        peft_m2pt.bundle(BASE, ADAPTER, tmp_path / "first")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        hub.requests.clear()
+        peft_m2pt.bundle(BASE, ADAPTER, tmp_path / "second", copy=True)
+        assert torch.equal(logits(self.load(tmp_path / "second")), expected_logits())
+        assert not hub.requests
+
+    def test_shards(self, hub, tmp_path):
+        make_llava().push_to_hub("user/sharded", max_shard_size="50KB")
+        peft_m2pt.bundle("user/sharded", self.adapter_of("user/sharded", tmp_path), tmp_path / "bundle")
+        assert torch.equal(logits(self.load(tmp_path / "bundle")), expected_logits())
+
+    def adapter_of(self, base_id, tmp_path, **kwargs):
+        adapt(AutoModelForImageTextToText.from_pretrained(base_id, **kwargs)).save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def test_revisions(self, hub, tmp_path):
+        second = make_llava()
+        second.model.language_model.norm.weight.data += 1
+        for model, revision in ((make_llava(), "main"), (second, "v2")):
+            model.push_to_hub("user/versions", revision=revision)
+        model = adapt(second)
+        expected = logits(model)
+        model.peft_config["default"].base_model_name_or_path = "user/versions"
+        model.push_to_hub("user/tuned", revision="beta")
+        peft_m2pt.bundle("user/versions", "user/tuned", tmp_path / "a", revision="v2", adapter_revision="beta")
+        assert torch.equal(logits(self.load(tmp_path / "a")), expected)
+        # An adapter that names the revision of its base needs no other word.
+        model.peft_config["default"].revision = "v2"
+        model.save_pretrained(tmp_path / "tuned")
+        peft_m2pt.bundle("user/versions", tmp_path / "tuned", tmp_path / "b")
+        assert torch.equal(logits(self.load(tmp_path / "b")), expected)
+        with pytest.raises(BundleError, match="revision='main' .* was tuned on revision 'v2'"):
+            peft_m2pt.bundle("user/versions", tmp_path / "tuned", tmp_path / "c", revision="main")
+
+    def test_subfolders(self, hub, tmp_path):
+        adapt(base(), adapter_name="colours").push_to_hub("user/named")
+        with pytest.raises(BundleError, match=r"adapters in \['colours'\]: choose one with adapter_subfolder"):
+            peft_m2pt.bundle(BASE, "user/named", tmp_path / "bundle")
+        peft_m2pt.bundle(BASE, "user/named", tmp_path / "bundle", adapter_subfolder="colours")
+        assert torch.equal(logits(self.load(tmp_path / "bundle")), expected_logits())
+
+    def test_another_base(self, hub, tmp_path):
+        make_llava().push_to_hub("user/other")
+        with pytest.raises(BundleError, match=f"base_model_name_or_path='{BASE}' .*, but BASE is 'user/other'"):
+            peft_m2pt.bundle("user/other", ADAPTER, tmp_path / "bundle")
+
+    def test_a_base_that_was_downloaded(self, hub, tmp_path):
+        base().save_pretrained(tmp_path / "base")
+        with pytest.warns(UserWarning, match=f"tuned on '{BASE}' .*cannot be seen from here"):
+            peft_m2pt.bundle(tmp_path / "base", ADAPTER, tmp_path / "bundle")
+        assert torch.equal(logits(self.load(tmp_path / "bundle")), expected_logits())
+
+    @pytest.mark.parametrize("base_id, adapter_id", [("user/nothing", ADAPTER), (BASE, "user/nothing")])
+    def test_no_such_repository(self, hub, tmp_path, base_id, adapter_id, capsys):
+        assert main(["bundle", base_id, adapter_id, "--output", str(tmp_path / "bundle")]) == 1
+        assert "user/nothing" in capsys.readouterr().err
+        assert not (tmp_path / "bundle").exists()
+
+    def test_an_interrupted_download(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty cache"))
+        hub.fail("GET", "/model.safetensors", "cut", times=100)
+        with pytest.raises(OSError, match=f"'{BASE}' cannot be downloaded: .*peer closed"):
+            peft_m2pt.bundle(BASE, ADAPTER, tmp_path / "bundle")
+        assert not list(tmp_path.glob("bundle*"))
+        hub.failures.clear()
+        peft_m2pt.bundle(BASE, ADAPTER, tmp_path / "bundle")
+        assert torch.equal(logits(self.load(tmp_path / "bundle")), expected_logits())

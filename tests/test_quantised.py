@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_train import draw, import_examples, make_model, make_processor, run_here
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     CLIPVisionConfig,
     LlamaConfig,
@@ -17,6 +18,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     TorchAoConfig,
 )
+
+import peft_m2pt
+from peft_m2pt import BundleError
 
 
 CONNECTOR = "model.multi_modal_projector"
@@ -247,3 +251,37 @@ def test_training_script(monkeypatch, tmp_path):
     assert losses[1] < losses[0]
     loaded = PeftModel.from_pretrained(load(tmp_path / "model", QUANTISATIONS["nf4"]), tmp_path / "run")
     assert len(trained_by(loaded)) > 0
+
+
+@every_quantisation
+@pytest.mark.parametrize("is_saved", [False, True], ids=["quantised when loaded", "saved so"])
+def test_bundles(saved, tmp_path, quantisation, is_saved):
+    """Of a base that is quantised when the bundle is loaded, and of one that was saved so."""
+    how = {"quantization_config": quantisation([CONNECTOR, "lm_head"])}
+    base = tmp_path / "base" if is_saved else saved
+    if is_saved:
+        LlavaForConditionalGeneration.from_pretrained(saved, **how).save_pretrained(base)
+        how = {}
+    model = adapt(LlavaForConditionalGeneration.from_pretrained(base, **how))
+    model.save_pretrained(tmp_path / "adapter")
+    peft_m2pt.bundle(base, tmp_path / "adapter", tmp_path / "bundle")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "bundle", **how)
+    assert loaded.config.quantization_config.quant_method == model.config.quantization_config.quant_method
+    inputs = without_labels(make_inputs())
+    expected = PeftModel.from_pretrained(
+        LlavaForConditionalGeneration.from_pretrained(base, **how), tmp_path / "adapter"
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, expected.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "nf4", "torchao"])
+def test_bundles_whose_connector_is_quantised(saved, tmp_path, quantisation):
+    how = {"quantization_config": QUANTISATIONS[quantisation](["lm_head"])}
+    LlavaForConditionalGeneration.from_pretrained(saved, **how).save_pretrained(tmp_path / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    adapt(base, tune_connector=False).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        BundleError, match=r"'model\.multi_modal_projector\.linear_1\.weight' is needed: .*quantization"
+    ):
+        peft_m2pt.bundle(tmp_path / "base", tmp_path / "adapter", tmp_path / "bundle")

@@ -13,8 +13,10 @@ from models import adapt, make_llava
 from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import (
     AttentionInterface,
+    AutoModelForImageTextToText,
     Cache,
     DynamicCache,
     EncoderDecoderCache,
@@ -24,9 +26,12 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -70,6 +75,43 @@ class TestTransformers:
     def test_recorded_attention(self):
         recorded = upstream.recorded_attention_classes(make_llava().model.language_model)
         assert LlamaAttention in recorded, "`_can_record_outputs` no longer says whose attention weights are recorded"
+
+    def test_auto_classes(self):
+        config_class = type("LlavaConfig", (LlavaConfig,), {})
+        assert AutoModelForImageTextToText in upstream.AUTO_CLASSES, "the tables of the auto classes have moved"
+        mapping = AutoModelForImageTextToText._model_mapping
+        mapping.register(config_class, LlamaForCausalLM, exist_ok=True)
+        assert mapping[config_class] is LlamaForCausalLM, "a class of the same name is no longer one of its own"
+        assert mapping[LlavaConfig] is LlavaForConditionalGeneration
+
+    def test_the_name_of_the_weights(self, tmp_path):
+        make_llava().save_pretrained(tmp_path)
+        config = LlavaConfig.from_pretrained(tmp_path)
+        setattr(config, upstream.WEIGHTS_FIELD, "no such thing")
+        with pytest.raises(ValueError, match="no such thing"):
+            LlavaForConditionalGeneration.from_pretrained(tmp_path, config=config)
+
+    def test_names_of_weights(self, tmp_path):
+        model = make_llava()
+        model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "model.safetensors")
+        names = upstream.names_in_model(model, saved)
+        assert names.keys() == model.state_dict().keys(), "transformers renames weights in another way"
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, saved[names[name]])
+
+    def test_adapters_beside_a_model(self, tmp_path):
+        model = make_llava()
+        model.save_pretrained(tmp_path)
+        adapt(model).save_pretrained(tmp_path)
+        seen = []
+        model_class = upstream.with_loader(LlavaForConditionalGeneration, lambda *args: seen.append(args))
+        loaded = model_class.from_pretrained(tmp_path, adapter_name="other")
+        assert type(loaded) is LlavaForConditionalGeneration
+        assert seen == [(loaded, tmp_path, "other")], "adapters are loaded in another way"
+        assert not upstream.is_adapted(loaded)
+        upstream.mark_as_adapted(loaded)
+        assert upstream.is_adapted(loaded) and "_hf_peft_config_loaded" in inspect.getsource(PeftAdapterMixin)
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_checkpointing(self, use_reentrant):
