@@ -739,12 +739,13 @@ class TestCommand:
         script = tmp_path / "script.py"
         script.write_text(
             "import sys\nfrom transformers import AutoModelForImageTextToText\n"
-            "print(type(AutoModelForImageTextToText.from_pretrained(sys.argv[1]).model.language_model.layers[0].self_attn))"
+            "model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])\n"
+            "print(model.model.language_model.layers[0].self_attn.m2pt_prompt)"
         )
         command = [sys.executable, "-m", "peft_m2pt", "run", str(script), str(output)]
         environment = {**os.environ, "PYTHONPATH": str(Path(peft_m2pt.__file__).parent.parent)}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert "M2PTAttention" in result.stdout, result.stderr
+        assert "M2PTPrompt" in result.stdout, result.stderr
 
 
 class TestServe:
