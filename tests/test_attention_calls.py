@@ -6,6 +6,7 @@ from models import PAD_TOKEN, VOCAB_SIZE, make_llava
 from peft import get_peft_model
 from transformers import CLIPVisionConfig, DiffLlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.diffllama import modeling_diffllama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
 from peft_m2pt import M2PTAttention, M2PTConfig, UnsupportedModelError
@@ -54,6 +55,10 @@ def adapt(model):
     return model
 
 
+@pytest.mark.skipif(
+    not hasattr(modeling_diffllama, "ALL_ATTENTION_FUNCTIONS"),
+    reason="DiffLlama goes round the attention interface, and is refused",
+)
 class TestOtherValuesInEachCall:
     @pytest.mark.parametrize("attn", ["eager", "sdpa"])
     def test_exact(self, attn):
