@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -37,15 +38,6 @@ class Adapted(nn.Module):
     def call_without_adapters(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, and its hooks, as if it were not adapted."""
         return super().__call__(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # What PEFT calls so is what is computed without an adapter.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name != "base_layer":
-                raise
-            return self.forward
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> NoReturn:
         """PEFT asks for this when another method is taken out of the model. It would pass over what is in here."""
@@ -86,6 +78,9 @@ def _adapted_class(module_class: type[nn.Module]) -> type[nn.Module]:
     if module_class not in _adapted_classes:
         names = ("__module__", "__qualname__", "__doc__")
         contents = {"m2pt_base_class": module_class, **{name: getattr(module_class, name) for name in names}}
+        if not issubclass(module_class, BaseTunerLayer):
+            # PEFT's name for what is computed without an adapter.
+            contents["base_layer"] = property(lambda module: module.forward)
         _adapted_classes[module_class] = type(module_class.__name__, (Adapted, module_class), contents)
     return _adapted_classes[module_class]
 

@@ -39,13 +39,19 @@ TEXT = {
 }
 
 
-def make_llava(vision: str = "clip", text: str = "llama", attn: str = "sdpa", **kwargs) -> PreTrainedModel:
-    """A LLaVA with 4 vision and 3 text layers and random weights. Equal arguments give equal models."""
+def make_llava(
+    vision: str = "clip",
+    text: str = "llama",
+    attn: str = "sdpa",
+    num_layers: tuple[int, int] = (4, 3),
+    **kwargs,
+) -> PreTrainedModel:
+    """A LLaVA with vision and text layers and random weights. Equal arguments give equal models."""
     config = LlavaConfig(
         vision_config=VISION[vision](
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=4,
+            num_hidden_layers=num_layers[0],
             num_attention_heads=4,
             image_size=16,
             patch_size=8,
@@ -53,7 +59,7 @@ def make_llava(vision: str = "clip", text: str = "llama", attn: str = "sdpa", **
         text_config=TEXT[text](
             hidden_size=48,
             intermediate_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=num_layers[1],
             num_attention_heads=4,
             vocab_size=VOCAB_SIZE,
             max_position_embeddings=128,

@@ -876,7 +876,7 @@ class TestCompiledCaches(CachesWithoutMasks):
         yield
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", ["mistral", "qwen"])
     @torch.no_grad()
     def test_samples_change_places(self, name):
         model, (ids, positions), cache = self.start(name, True, 5, 40)
@@ -887,7 +887,7 @@ class TestCompiledCaches(CachesWithoutMasks):
         expected = outputs(model, input_ids=inputs[0], position_ids=inputs[1], use_cache=False)
         assert_close(self.feed(model, compiled, cache, inputs, 8, 9, 10), expected[:, 8:10])
 
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", ["mistral", "qwen"])
     @torch.no_grad()
     def test_emptied(self, name):
         self.check_emptied(name, True, lambda model: torch.compile(model, backend="eager"))
