@@ -470,8 +470,6 @@ def test_a_stack_in_trainer(tmp_path, names):
     # Before, transformers did not look for an adapter "default" beside others in a checkpoint.
     if "default" not in names or Version(transformers.__version__) >= Version("5.23"):
         assert resumed.evaluate()["eval_loss"] == pytest.approx(losses[1], rel=1e-5)
-    else:
-        resumed = trainer
 
     checkpoint = tmp_path / "run" / "checkpoint-2"
     folders = [checkpoint if name == "default" else checkpoint / name for name in names]
