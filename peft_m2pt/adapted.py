@@ -1,10 +1,9 @@
 """
 Modules of the base model that M2PT has adapted.
 
-An adapted module stays where it is, with its weights, children and hooks, under the names that they have. So whatever
-reads the model, saves it or trains a part of it finds what it knows. Two things differ: who calls the module calls its
-layer, and whoever looks through the modules of the model finds that layer under the name of the module, as if it stood
-in its place. That is where PEFT looks for it.
+An adapted module stays where it is and keeps its weights, children, hooks and names, so code that reads the model,
+saves it or trains a part of it works as before. Only two things differ: calling the module calls its layer, and
+`named_modules` also yields that layer, under the path of the module, which is where PEFT looks for it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LAYER = "m2pt_layer"
 
 class Adapted(nn.Module):
     """
-    What the class of a module gets in front when the module is adapted, as in `torch.nn.utils.parametrize`.
+    A mixin for the class of an adapted module, which is changed in place, as `torch.nn.utils.parametrize` does.
 
     **Attributes** (no annotations, since transformers evaluates those of its own classes):
         - **m2pt_base_class** (`type[nn.Module]`) -- The class that the module has without an adapter.
@@ -97,13 +96,13 @@ def layer_of(module: nn.Module) -> M2PTLayer | None:
 
 def adapt(module: nn.Module, layer: M2PTLayer) -> None:
     """
-    Lets a layer be called where a module is.
+    Makes calls of a module go to a layer.
 
     Args:
         module (`nn.Module`):
             A module of the base model.
         layer ([`~peft_m2pt.base.M2PTLayer`]):
-            Its layer. What it has of weights becomes part of the module.
+            Its layer.
     """
     module.__dict__[LAYER] = layer
     module.__class__ = _adapted_class(type(module))
@@ -111,7 +110,7 @@ def adapt(module: nn.Module, layer: M2PTLayer) -> None:
 
 def release(module: nn.Module) -> None:
     """
-    Makes an adapted module what it was.
+    Restores an adapted module, and removes the weights and hooks of its layer.
 
     Args:
         module (`nn.Module`):
@@ -126,11 +125,11 @@ def release(module: nn.Module) -> None:
 
 def without_adapters(module: nn.Module) -> nn.Module:
     """
-    Makes an adapted module that nobody else holds, such as a copy, a module of its own class.
+    Strips a shallow copy of an adapted module of its layer. The original keeps it.
 
     Args:
         module (`nn.Module`):
-            The module. Any other one is left as it is.
+            The copy. That of any other module is left as it is.
     """
     if isinstance(module, Adapted):
         module._modules = dict(base_children(module))

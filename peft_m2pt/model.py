@@ -32,7 +32,7 @@ from .init import PromptInitialiser
 from .interaction import resolve_interaction
 from .layer import M2PTAttention
 from .loading import check_saved_modules, check_state_dict
-from .names import call_anew, plain, uncompiled
+from .names import plain, rebind_compiled, uncompiled
 from .notes import let_caches_carry_notes
 from .packing import refuse_boundaries_of_text, refuse_mixed_sequences
 from .processes import agree_on_scales, let_take_part
@@ -197,7 +197,7 @@ class M2PTModel(BaseTuner):
             if self._initialise.scales and not self._init_is_overwritten:
                 agree_on_scales(model, adapter_name)
             self._prepare_entrances(model, adapter_name)
-            call_anew(model)
+            rebind_compiled(model)
             self.resolved = {**getattr(self, "resolved", {}), adapter_name: config.resolved}
         except Exception as error:
             take_back()
@@ -268,7 +268,7 @@ class M2PTModel(BaseTuner):
             else:
                 parent_path, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent_path), name, module.original_module)
-        call_anew(model)
+        rebind_compiled(model)
 
     def _prepare_adapter_config(self, peft_config: M2PTConfig, model_config: dict) -> M2PTConfig:
         return peft_config
@@ -434,7 +434,7 @@ class M2PTModel(BaseTuner):
             elif isinstance(module, ModulesToSaveWrapper) and names.issuperset(module.modules_to_save):
                 parent_path, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent_path), name, module.original_module)
-        call_anew(self.model)
+        rebind_compiled(self.model)
         if names.issuperset(self.peft_config):
             del without_wrappers(self.model).peft_config
         else:

@@ -1,4 +1,4 @@
-"""Parts of a model that are compiled: what is inside of torch.compile's wrapper, and what it is called without."""
+"""Looks through torch.compile's wrappers around parts of a model, among its modules and in names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module._modules.get(COMPILED, module)
 
 
-def call_anew(model: nn.Module) -> None:
+def rebind_compiled(model: nn.Module) -> None:
     """
-    Lets torch.compile's wrappers call the modules in them as these are now.
+    Makes torch.compile's wrappers look up again what they call: each keeps the bound method that it found.
 
     Args:
         model (`nn.Module`):
-            A model of which modules have been adapted, or released. A wrapper keeps the method that it found to call.
+            A model of which modules have been adapted or released.
     """
     for module in model.modules():
         if COMPILED in module._modules:

@@ -168,6 +168,10 @@ def test_unload_leaves_lora(tmp_path):
     assert not torch.equal(peft_model(**inputs).logits, expected)
     with pytest.raises(NotImplementedError, match="M2PT cannot be merged into the base weights"):
         lora.merge_and_unload()
+    with pytest.raises(
+        NotImplementedError, match=r"self_attn' has weights of M2PT.* Call unload\(\) of the model with"
+    ):
+        lora.unload()
     unloaded = peft_model.unload()
     assert unloaded is lora and list(lora.peft_config) == ["lora"]
     assert [name for name, _ in lora.named_modules()] == names

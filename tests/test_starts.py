@@ -800,14 +800,16 @@ class TestTraining:
             assert torch.equal(found[i], output)
 
 
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
 class TestCompiled:
     """Graphs cannot depend on what a mask shows: they take rows for each sample."""
-
-    @pytest.fixture(autouse=True)
-    def dynamo(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
 
     @pytest.mark.parametrize("name", ["mistral", "qwen"])
     @torch.no_grad()
@@ -869,13 +871,8 @@ class TestCompiled:
         assert_close(together, torch.stack(alone))
 
 
+@pytest.mark.usefixtures("dynamo")
 class TestCompiledCaches(CachesWithoutMasks):
-    @pytest.fixture(autouse=True)
-    def dynamo(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
     @pytest.mark.parametrize("name", ["mistral", "qwen"])
     @torch.no_grad()
     def test_samples_change_places(self, name):
