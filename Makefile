@@ -10,8 +10,9 @@ PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadsc
 
 .PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving models style lint clean
 
-quickstart: $(VENV)/installed
-	$(BIN)/python examples/quickstart.py $(ARGS)
+# In an environment of its own, with nothing but what the examples need.
+quickstart: $(VENV)-quickstart/installed
+	$(VENV)-quickstart/bin/python examples/quickstart.py $(ARGS)
 
 # Writes a table, a plot and all numbers to benchmarks/results. See benchmarks/README.md.
 benchmark: $(VENV)/installed
@@ -32,11 +33,10 @@ test-versions: test-lowest test-middle test-newest
 # To trace models of transformers needs a later transformers.
 # The benchmark compares with layers whose cache is longer than the mask, which later versions of transformers allow.
 test-lowest: $(VENV)-lowest/installed
-	$(VENV)-lowest/bin/$(PYTEST) --ignore=tests/test_quantised.py --ignore=tests/test_compile.py \
-		--ignore=tests/test_compiled_first.py --ignore=tests/test_compiled_parts.py --ignore=tests/test_trace.py \
-		--ignore=tests/test_trl.py --ignore=tests/test_trl_padding.py --ignore=tests/test_benchmarks.py \
-		--deselect=tests/test_upstream.py::TestCompiling --deselect=tests/test_starts.py::TestCompiled \
-		--deselect=tests/test_processes.py::test_two_processes $(ARGS)
+	$(VENV)-lowest/bin/$(PYTEST) --ignore=tests/compiling --ignore=tests/bases/test_quantised.py \
+		--ignore=tests/training/test_trl.py --ignore=tests/training/test_trl_padding.py \
+		--ignore=tests/training/test_processes.py --ignore=tests/repository/test_benchmarks.py \
+		--deselect=tests/peft_suites/test_models.py::TestCompiling $(ARGS)
 
 # Of the main branches, what was there when .venv-main was made: `rm -r .venv-main` for those of today.
 test-middle test-newest test-main: test-%: $(VENV)-%/installed
@@ -54,6 +54,7 @@ test-serving: $(VENV)-serving/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV) --error-on-warning
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -63,6 +64,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	touch $@
+
+$(VENV)-quickstart/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-quickstart
+	$(VENV)-quickstart/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-quickstart/bin/python -m pip install --quiet --constraint constraints.txt --group examples --editable .
 	touch $@
 
 GROUP := dev
@@ -89,5 +96,5 @@ $(VENV)-serving/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving
+	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving
 	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

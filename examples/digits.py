@@ -18,7 +18,7 @@ from torch.nn import functional as F
 IMAGE_SIZE = 32
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
-# Matplotlib's fonts, without those that hold symbols or a few letters for large titles.
+# Matplotlib's fonts, except those with symbols or only a few letters.
 FONTS = ["DejaVuSans", "DejaVuSans[-M]*", "DejaVuSerif", "DejaVuSerif-*", "STIXGeneral*", "cm[brt]*10", "cmss10"]
 
 
@@ -26,7 +26,7 @@ def yes_no(condition: bool) -> str:
     return "yes" if condition else "no"
 
 
-# Each instruction, and the answer that it asks for as a function of the digit in the image.
+# Each instruction, and its answer as a function of the digit in the image.
 INSTRUCTIONS: dict[str, Callable[[int], str]] = {
     "Which digit is this?": str,
     "Which digit comes next?": lambda digit: str((digit + 1) % 10),
@@ -38,12 +38,12 @@ INSTRUCTIONS: dict[str, Callable[[int], str]] = {
 
 
 def texts() -> list[str]:
-    """Returns all texts that instructions and answers consist of."""
+    """Returns all instructions with all their answers."""
     return [f"{instruction} {answer(digit)}" for instruction, answer in INSTRUCTIONS.items() for digit in range(10)]
 
 
 def ask(images: Dataset, instructions: list[str]) -> Dataset:
-    """Gives every instruction for every image: rows of `image`, `digit`, `instruction` and `answer`."""
+    """Pairs every instruction with every image: rows of `image`, `digit`, `instruction` and `answer`."""
     return concatenate_datasets(
         [
             images.add_column("instruction", [instruction] * len(images)).add_column(
@@ -55,7 +55,7 @@ def ask(images: Dataset, instructions: list[str]) -> Dataset:
 
 
 def handwritten_digits(test_size: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Returns scikit-learn's 1,797 scans of real handwriting as two datasets, to train and to test with."""
+    """Returns scikit-learn's 1,797 scans of real handwriting as a training and a test dataset."""
     scans = load_digits()
     images = [
         Image.fromarray(np.uint8(scan * 255 / 16)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)

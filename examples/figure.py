@@ -23,7 +23,7 @@ def plot(
     results: dict[str, Any], questions: Dataset, before: list[str], after: list[str], held_out: str, path: Path
 ) -> None:
     """
-    Draws the first test images with the answers before and after the tuning, the accuracies, and the loss.
+    Draws the first test images with the answers before and after tuning, the accuracies, and the loss.
 
     Args:
         results (`dict[str, Any]`):
@@ -35,7 +35,7 @@ def plot(
         after (`list[str]`):
             Answers of the tuned model.
         held_out (`str`):
-            The instruction that took no part in the tuning.
+            The held-out instruction.
         path (`Path`):
             The file to write.
     """
@@ -72,7 +72,7 @@ def plot_answers(figure: SubFigure, rows: Dataset, instructions: list[str]) -> N
 
 
 def plot_accuracy(axis: Axes, accuracy: dict[str, dict[str, float]], held_out: str) -> None:
-    """Draws a line from the accuracy before to the one after, for each instruction."""
+    """Draws a line from the accuracy before to that after tuning, for each instruction."""
     instructions = list(accuracy["before"])
     before, after = (
         [100 * accuracy[when][instruction] for instruction in instructions] for when in ("before", "after")

@@ -1,9 +1,8 @@
 """
 M2PT in a few minutes on a laptop: a small LLaVA that knows digits in print learns to read handwriting.
 
-The model is pre-trained once, on digits drawn with fonts (see `tiny_llava.py`). Then it is frozen, and multimodal
-prompts are tuned on scans of real handwriting. One instruction takes no part in the tuning, and shows whether the
-prompts help with what they were not tuned for.
+The model is pretrained once, on digits drawn with fonts (see `tiny_llava.py`). Then it is frozen, and multimodal
+prompts are tuned on scans of real handwriting. One held-out instruction shows whether the prompts generalize.
 
     python examples/quickstart.py
 """
@@ -54,7 +53,7 @@ ABLATION_SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Plan:
-    """How much there is to do."""
+    """The size of a run."""
 
     recipe: tiny_llava.Recipe
     tuning_steps: int
@@ -76,7 +75,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
 def tune(
     base: PreTrainedModel, processor: ProcessorMixin, config: M2PTConfig, plan: Plan, seed: int, title: str
 ) -> tuple[PeftModel, list[dict[str, float]]]:
-    """Freezes a model, adds prompts and tunes them. Returns the model and the log of losses."""
+    """Adds prompts to a frozen model and tunes them. Returns the model and the log of losses."""
     set_seed(seed)
     model = get_peft_model(base, config)
     images, _ = digits.handwritten_digits(plan.num_test_images, SEED)
@@ -86,13 +85,13 @@ def tune(
 
 
 def test_questions(num_images: int) -> Dataset:
-    """Returns all instructions for the images that take no part in the tuning."""
+    """Returns all instructions for the held-out images."""
     _, images = digits.handwritten_digits(num_images, SEED)
     return digits.ask(images, list(digits.INSTRUCTIONS))
 
 
 def accuracies(answers: list[str], questions: Dataset) -> dict[str, float]:
-    """Returns the share of answers that are exactly right, for each instruction."""
+    """Returns the exact-match accuracy for each instruction."""
     right: dict[str, list[bool]] = {}
     for given, instruction, expected in zip(answers, questions["instruction"], questions["answer"]):
         right.setdefault(instruction, []).append(given == expected)
@@ -100,7 +99,7 @@ def accuracies(answers: list[str], questions: Dataset) -> dict[str, float]:
 
 
 def answer_with_saved(base: str, adapter: str, num_images: int) -> list[str]:
-    """Answers the test questions with the adapter in a folder."""
+    """Answers the test questions with a saved adapter."""
     quiet()
     model, processor = load(Path(base))
     model = PeftModel.from_pretrained(model, adapter)
@@ -108,8 +107,8 @@ def answer_with_saved(base: str, adapter: str, num_images: int) -> list[str]:
 
 
 def answer_in_fresh_process(base: Path, adapter: Path, num_images: int) -> list[str]:
-    """Answers the test questions with the adapter in a folder, in a new Python process."""
-    print("Answering once more, with the saved adapter in a fresh process ...", flush=True)
+    """Answers the test questions with a saved adapter, in a new Python process."""
+    print("Answering again, with the saved adapter in a fresh process ...", flush=True)
     arguments = (str(base.resolve()), str(adapter.resolve()), num_images)
     code = f"import json, quickstart; print(json.dumps(quickstart.answer_with_saved(*{arguments})))"
     process = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -119,15 +118,15 @@ def answer_in_fresh_process(base: Path, adapter: Path, num_images: int) -> list[
 
 
 def run(base_folder: Path, output: Path, plan: Plan) -> None:
-    """Tunes a model, compares it with the base, saves the adapter, the results and a figure."""
+    """Tunes a model, compares it to the base model, and saves the adapter, the results and a figure."""
     base, processor = load(base_folder)
     questions = test_questions(plan.num_test_images)
-    before = vqa.answer(base, processor, questions, "Answering before the tuning")
+    before = vqa.answer(base, processor, questions, "Answering before tuning")
 
     start = time.perf_counter()
     model, log = tune(base, processor, CONFIG, plan, SEED, "Tuning with M2PT")
     seconds = time.perf_counter() - start
-    after = vqa.answer(model, processor, questions, "Answering after the tuning")
+    after = vqa.answer(model, processor, questions, "Answering after tuning")
 
     vqa.save(output / "adapter", model)
     loaded = answer_in_fresh_process(base_folder, output / "adapter", plan.num_test_images)
@@ -146,7 +145,7 @@ def run(base_folder: Path, output: Path, plan: Plan) -> None:
     figure.plot(results, questions, before, after, HELD_OUT, output / "quickstart.png")
     print(f"\n{model.base_model.describe()}\n\n{format_results(results)}\n\nSee {output / 'quickstart.png'}.")
     if loaded != after:
-        raise OSError(f"The adapter in {output / 'adapter'} does not answer as the model that was saved.")
+        raise OSError(f"The adapter in {output / 'adapter'} does not answer like the model that was saved.")
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -157,21 +156,21 @@ def format_results(results: dict[str, Any]) -> str:
     parameters, share = results["trainable_parameters"], results["trainable_share"]
     return "\n".join(
         [
-            f"{'Right answers on held-out images':<40}{'before':>8}{'after':>9}",
+            f"{'Accuracy on held-out images':<40}{'before':>8}{'after':>9}",
             "-" * 57,
             *map(row, TUNED),
-            row(HELD_OUT) + "   (zero-shot: not tuned on)",
+            row(HELD_OUT) + "   (held-out instruction)",
             "-" * 57,
-            f"Trainable parameters        {parameters:,} ({share:.2%} of all)",
+            f"Trainable parameters        {parameters:,} ({share:.2%})",
             f"Tuning                      {results['tuning_seconds']:.0f} s",
             f"Adapter on disk             {results['adapter_bytes'] / 2**10:.0f} KiB",
-            f"Loaded in a fresh process   {'same' if results['same_answers_when_loaded'] else 'OTHER'} answers",
+            f"Loaded in a fresh process   {'same' if results['same_answers_when_loaded'] else 'DIFFERENT'} answers",
         ]
     )
 
 
 def run_ablation(base_folder: Path, output: Path, plan: Plan) -> None:
-    """Tunes each kind of prompts alone and together, with several seeds."""
+    """Tunes each kind of prompt alone and all together, with several seeds."""
     questions = test_questions(plan.num_test_images)
     results: dict[str, dict[str, Any]] = {}
     for name, config in ABLATION.items():
@@ -190,8 +189,8 @@ def format_ablation(results: dict[str, dict[str, Any]]) -> str:
         return f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
 
     lines = [
-        f"Right answers on held-out images: mean of {len(ABLATION_SEEDS)} seeds (lowest to highest)\n",
-        f"{'tuned':<36}{'parameters':>11}  {PLAIN:<26}{'all tuned instructions':<26}{HELD_OUT} (zero-shot)",
+        f"Accuracy on held-out images: mean of {len(ABLATION_SEEDS)} seeds (lowest to highest)\n",
+        f"{'tuned':<36}{'parameters':>11}  {PLAIN:<26}{'all tuned instructions':<26}{HELD_OUT} (held out)",
     ]
     for name, result in results.items():
         columns = [
@@ -204,34 +203,34 @@ def format_ablation(results: dict[str, dict[str, Any]]) -> str:
 
 
 def quiet() -> None:
-    """Leaves one progress bar for each phase, and no warnings of other libraries about each other."""
+    """Leaves one progress bar per phase, and hides warnings of other libraries about each other."""
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # matplotlib, about odd answers of a model that has learned little.
+    warnings.filterwarnings("ignore", category=UserWarning, module="figure")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tune a small vision-language model on handwriting, with M2PT.")
     parser.add_argument(
-        "--base", type=Path, help="folder of another LLaVA-type model with its processor, instead of the small one"
+        "--base", type=Path, help="folder of another LLaVA-type model with its processor, to use instead"
     )
     parser.add_argument(
         "--cache-dir",
         type=Path,
         default=Path.home() / ".cache" / "peft_m2pt",
-        help="where the pre-trained small model is kept (default: %(default)s)",
+        help="where to keep the pretrained small model (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("quickstart-output"),
-        help="folder for the adapter, the results and the figure (default: %(default)s)",
+        help="folder for adapter, results and figure (default: %(default)s)",
     )
-    parser.add_argument("--short", action="store_true", help="a run of less than a minute, which learns little")
-    parser.add_argument(
-        "--ablation", action="store_true", help="compare the kinds of prompts instead, with three seeds each"
-    )
+    parser.add_argument("--short", action="store_true", help="run for less than a minute, and learn little")
+    parser.add_argument("--ablation", action="store_true", help="compare the kinds of prompts, with three seeds each")
     return parser.parse_args()
 
 

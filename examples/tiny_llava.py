@@ -1,6 +1,6 @@
 """
-The base model of the quickstart: a LLaVA of 1.3 million parameters with its processor, small enough to be pre-trained
-on a CPU in about two minutes. It learns all instructions on digits that are drawn with fonts.
+The base model of the quickstart: a LLaVA with 1.3 million parameters and its processor, small enough to pretrain on a
+CPU in about two minutes. It learns all instructions on digits drawn with fonts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer, in which the words of `texts` become single tokens."""
+    """Trains a byte-level BPE tokenizer in which the words of `texts` are single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +78,7 @@ def build_processor(texts: Iterable[str]) -> LlavaProcessor:
 
 
 def build_model(processor: LlavaProcessor, width: int) -> LlavaForConditionalGeneration:
-    """Builds the model that fits the processor, with random weights and towers of one width."""
+    """Builds a randomly initialized model for the processor, with towers of equal width."""
     tokenizer = processor.tokenizer
     return LlavaForConditionalGeneration(
         LlavaConfig(
@@ -110,7 +110,7 @@ def build_model(processor: LlavaProcessor, width: int) -> LlavaForConditionalGen
 
 class DigitClassifier(nn.Module):
     """
-    The vision tower and the projector of a model, with a classifier of digits on the average image token.
+    The vision tower and projector of a model, with a digit classifier on the mean image token.
 
     Args:
         model (`LlavaForConditionalGeneration`):
@@ -140,7 +140,7 @@ class DigitCollator:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much the base model is pre-trained."""
+    """How the base model is pretrained."""
 
     num_images: int = 16_000
     vision_steps: int = 500
@@ -149,15 +149,15 @@ class Recipe:
 
 
 def pretrain(recipe: Recipe, seed: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Builds the model and trains all of its weights on digits that are drawn with fonts."""
+    """Builds the model and trains all of its weights on digits drawn with fonts."""
     set_seed(seed)
     images = digits.font_digits(recipe.num_images, seed)
     questions = digits.ask(images, list(digits.INSTRUCTIONS))
     processor = build_processor(digits.texts())
     model = build_model(processor, recipe.width)
 
-    # From scratch, a language model first learns to ignore image tokens that mean nothing yet, and stays there for
-    # long. So the vision tower learns to see digits before the model as a whole learns to talk about them.
+    # From scratch, a language model first learns to ignore the meaningless image tokens, and takes long to unlearn
+    # that. So the vision tower learns to see digits before the whole model learns to talk about them.
     vqa.train(
         DigitClassifier(model),
         images,
@@ -165,15 +165,15 @@ def pretrain(recipe: Recipe, seed: int) -> tuple[LlavaForConditionalGeneration, 
         recipe.vision_steps,
         2e-3,
         seed,
-        "Pre-training: seeing",
+        "Pretraining: seeing",
     )
-    vqa.train(model, questions, vqa.AnswerCollator(processor), recipe.steps, 1e-3, seed, "Pre-training: answering")
+    vqa.train(model, questions, vqa.AnswerCollator(processor), recipe.steps, 1e-3, seed, "Pretraining: answering")
     return model, processor
 
 
 def pretrained(cache_dir: Path, recipe: Recipe, seed: int) -> Path:
-    """Returns the folder of the pre-trained model in the cache. Pre-trains it if it is not there."""
-    # The name of the folder stands for all that the weights depend on.
+    """Returns the cached folder of the pretrained model. Pretrains it if needed."""
+    # The folder name identifies everything the weights depend on.
     source = "".join(inspect.getsource(module) for module in (digits, vqa, inspect.getmodule(pretrain)))
     key = hashlib.sha256(f"{source}{recipe}{seed}".encode()).hexdigest()[:8]
     folder = cache_dir / f"quickstart-base-{key}"

@@ -3,9 +3,8 @@ Tunes multimodal prompts on your own conversations about images.
 
     python examples/train.py examples/train.yaml --train_data my.json --output_dir my-adapter
 
-All options are those of `TrainingArguments` and of the classes below: as lines of a YAML or JSON file, as flags, or as
-both, where flags win. `conversations.py` reads the data, `answers.py` makes batches and scores of it. See
-docs/training-your-data.md.
+Options are those of `TrainingArguments` and of the classes below, in a YAML or JSON file, as flags, or both; flags
+win. `conversations.py` reads the data, `answers.py` makes batches and scores answers. See docs/training-your-data.md.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ def prompt_option(name: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = option(None, "The model: a folder, or a repository of the Hub.")
-    revision: str = option("main", "Which revision of it.")
+    model_name_or_path: str | None = option(None, "The model: a folder or a Hub id.")
+    revision: str = option("main", "Its revision.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     attn_implementation: str = option("sdpa", "The attention implementation, such as 'sdpa' or 'eager'.")
-    load_in_4bit: bool = option(False, "Quantise the model to 4 bits. Its connector needs connector_rank then.")
-    chat_template: str | None = option(None, "File with a chat template, instead of that of the processor.")
+    load_in_4bit: bool = option(False, "Quantize the model to 4 bits. Its connector then needs connector_rank.")
+    chat_template: str | None = option(None, "File with a chat template to use instead of the processor's.")
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None:
@@ -65,17 +64,17 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    train_data: str | None = option(None, "A JSON, JSON Lines or parquet file, a pattern, or a data set of the Hub.")
-    train_split: str = option("train", "Which split of a data set of the Hub to train on.")
-    eval_data: str | None = option(None, "The same, to evaluate with.")
-    eval_split: str = option("test", "Which split of a data set of the Hub to evaluate with.")
-    eval_size: int = option(0, "Without eval_data: how many samples of the training data to evaluate with instead.")
-    image_folder: str | None = option(None, "Where paths of images lead. By default, the folder of the data.")
-    bad_images: str = option("error", f"What to do about images that cannot be read, one of {BAD_IMAGES}.")
-    streaming: bool = option(False, "Read training data one after the other. Needs max_steps.")
-    shuffle_buffer: int = option(1000, "How many streamed samples to shuffle at a time.")
-    max_length: int | None = option(None, "Cut conversations to so many tokens, those of images included.")
-    max_new_tokens: int = option(64, "The longest answer in the evaluation, in tokens.")
+    train_data: str | None = option(None, "A JSON, JSON Lines or parquet file, a pattern, or a dataset on the Hub.")
+    train_split: str = option("train", "The split of a Hub dataset to train on.")
+    eval_data: str | None = option(None, "The same, for evaluation.")
+    eval_split: str = option("test", "The split of a Hub dataset to evaluate on.")
+    eval_size: int = option(0, "Without eval_data: how many training samples to hold out for evaluation.")
+    image_folder: str | None = option(None, "Folder of image paths. By default, that of the data.")
+    bad_images: str = option("error", f"What to do about unreadable images, one of {BAD_IMAGES}.")
+    streaming: bool = option(False, "Stream training data. Needs max_steps.")
+    shuffle_buffer: int = option(1000, "Buffer size for shuffling streamed samples.")
+    max_length: int | None = option(None, "Truncate conversations to this many tokens, including those of images.")
+    max_new_tokens: int = option(64, "Maximum length of answers in the evaluation, in tokens.")
 
     def __post_init__(self) -> None:
         if self.train_data is None:
@@ -112,7 +111,7 @@ class PromptArguments:
 
 
 def as_layers(values: list[str] | str | None) -> list[int | str] | str | None:
-    """Makes indices, or the name of a placement, of what a command line or a file says."""
+    """Turns values from a command line or file into layer indices or the name of a placement."""
     if values is None or isinstance(values, str):
         return values
     layers = [int(value) if str(value).removeprefix("-").isdigit() else value for value in values]
@@ -121,26 +120,26 @@ def as_layers(values: list[str] | str | None) -> list[int | str] | str | None:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """The defaults of `TrainingArguments`, but for the recipe of the paper. The rate is that of our default start."""
+    """`TrainingArguments` with the paper's recipe as defaults, and the learning rate for our initialization."""
 
-    learning_rate: float = option(3e-3, "The learning rate, of prompts and connector. The paper's is 7e-4.")
-    lr_scheduler_type: str = option("cosine", "How the learning rate falls.")
-    warmup_steps: float = option(0.03, "Steps of warm-up; below 1, their share of all.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint, or 'last': that of output_dir, if there is one.")
-    remove_unused_columns: bool = option(False, "Has to be False: samples are no columns.")
+    learning_rate: float = option(3e-3, "Learning rate of prompts and connector. The paper's is 7e-4.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    warmup_steps: float = option(0.03, "Warmup steps; below 1, their share of all steps.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint, or 'last': the last one in output_dir, if any.")
+    remove_unused_columns: bool = option(False, "Must be False: samples are not columns.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Batches of images of different sizes cannot be read by one process and handed to the others.
+        # One process cannot dispatch batches with images of different sizes to the others.
         self.accelerator_config.dispatch_batches = False
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, PromptArguments, RunArguments]:
     """
-    Reads options from flags and, if the first argument is no flag, from a YAML or JSON file.
+    Reads options from flags and, if the first argument is not a flag, from a YAML or JSON file.
 
     Raises:
-        ValueError: If the file has an option that there is not.
+        ValueError: If the file has an unknown option.
     """
     parser = HfArgumentParser([ModelArguments, DataArguments, PromptArguments, RunArguments])
     if arguments and not arguments[0].startswith("-"):
@@ -171,7 +170,7 @@ def load_processor(arguments: ModelArguments, config: M2PTConfig) -> ProcessorMi
 
 
 def load_model(arguments: ModelArguments, config: M2PTConfig, run: RunArguments) -> PeftModel:
-    """Loads the model, frozen, and adds prompts."""
+    """Loads the frozen model and adds prompts."""
     dtype = torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else torch.float32
     options: dict[str, Any] = {}
     if arguments.load_in_4bit:
@@ -194,7 +193,7 @@ def load_model(arguments: ModelArguments, config: M2PTConfig, run: RunArguments)
 
 def load_data(arguments: DataArguments, run: RunArguments, reader: ImageReader) -> tuple[Any, Conversations | None]:
     """
-    Loads what to train on and what to evaluate with, if anything.
+    Loads the training data and the evaluation data, if any.
 
     Raises:
         ValueError: If the options do not fit together.
@@ -224,7 +223,7 @@ def find_checkpoint(run: RunArguments) -> str | None:
     Returns the checkpoint to start from.
 
     Raises:
-        ValueError: If the output folder has checkpoints of an earlier run, and nothing is said about them.
+        ValueError: If the output folder has checkpoints of an earlier run, and resume_from_checkpoint is not set.
     """
     last = get_last_checkpoint(run.output_dir) if Path(run.output_dir).is_dir() else None
     if run.resume_from_checkpoint is None and last is not None:

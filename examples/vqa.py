@@ -1,4 +1,4 @@
-"""Training a vision-language model to follow instructions about images, and letting it do so."""
+"""Trains a vision-language model to follow instructions about images, and generates its answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers import (
 
 
 def encode_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> BatchFeature:
-    """Encodes images and instructions up to where the answer begins, padded on the left."""
+    """Encodes images and instructions up to the answer, padded on the left."""
     conversations = [
         [
             {
@@ -49,7 +49,7 @@ def encode_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> Bat
 @dataclass
 class AnswerCollator:
     """
-    Puts prompts and answers into a batch, with labels for the answers only.
+    Batches prompts and answers, with labels for the answers only.
 
     Args:
         processor (`ProcessorMixin`):
@@ -74,7 +74,7 @@ class AnswerCollator:
             "pixel_values": prompts["pixel_values"],
             "input_ids": torch.cat([prompts["input_ids"], answers["input_ids"]], dim=1),
             "attention_mask": attention_mask,
-            # As `generate` counts them: padding on the left must not move the tokens away from the prompts.
+            # As `generate` counts them: left padding does not shift positions.
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
             "labels": torch.cat([torch.full_like(prompts["input_ids"], -100), answer_labels], dim=1),
         }
@@ -85,7 +85,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains a model with one progress bar. Returns the log of the trainer, with `step` and `loss`."""
     arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # Nothing is written there: saving is up to the caller.
+        output_dir=tempfile.gettempdir(),  # Nothing is written there; the caller saves.
         save_strategy="no",
         max_steps=steps,
         per_device_train_batch_size=64,
@@ -107,7 +107,7 @@ def train(
 
 
 def answer(model: PreTrainedModel, processor: ProcessorMixin, dataset: Dataset, title: str) -> list[str]:
-    """Lets a model answer every row of a dataset, by greedy decoding."""
+    """Answers every row of a dataset with greedy decoding."""
     model.eval()
     answers = []
     batches = DataLoader(dataset, batch_size=256, collate_fn=partial(encode_prompts, processor))
@@ -119,13 +119,13 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, dataset: Dataset, 
 
 
 def progress_bar(title: str, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
-    # In a log file, where every update is a new line, there are few of them.
+    # Log files get few updates, since each one is a new line.
     interval = 0.1 if sys.stderr.isatty() else 15
     return tqdm(iterable, desc=f"{title:<30}", total=total, mininterval=interval, dynamic_ncols=True)
 
 
 class ProgressBar(TrainerCallback):
-    """Shows the steps of a trainer and the loss."""
+    """Shows the progress and loss of a trainer."""
 
     def __init__(self, title: str, steps: int) -> None:
         self.bar = progress_bar(title, total=steps)
@@ -143,16 +143,16 @@ class ProgressBar(TrainerCallback):
 
 def save(folder: Path, *parts: Any) -> None:
     """
-    Saves models and processors, all that have `save_pretrained`, in a folder that appears only when it is complete.
+    Saves anything with `save_pretrained` in a folder that only appears when it is complete.
 
     Args:
         folder (`Path`):
-            The folder, which is replaced if there is one.
+            The folder, which is replaced if it exists.
         parts (`Any`):
             What to save in it.
 
     Raises:
-        OSError: If it cannot be saved. What was in the folder before is still there.
+        OSError: If saving fails. The previous contents of the folder are kept.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,5 +164,5 @@ def save(folder: Path, *parts: Any) -> None:
                 folder.rename(old)
             new.rename(folder)
     except Exception as error:
-        # Safetensors and tokenizers have exceptions of their own for a full disk.
+        # Safetensors and tokenizers raise their own exceptions when the disk is full.
         raise OSError(f"Cannot save {folder}: {error}") from error

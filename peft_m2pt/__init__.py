@@ -4,19 +4,18 @@ Multimodal Prompt Tuning (M2PT, EMNLP 2024, arXiv 2409.15657) as a PEFT method.
 Importing this package registers the method with PEFT, and the model type of bundles with transformers, nothing more.
 """
 
-from .bundled import register_bundles
-from .bundling import bundle
+from .bundles.bundler import bundle
+from .bundles.loading import register_bundles
 from .config import M2PTConfig
-from .connector import M2PTConnector
 from .errors import AdapterFileError, BundleError, ConversionError, UnsupportedModelError
-from .layer import M2PTAttention
+from .layers.attention import M2PTAttention
+from .layers.connector import M2PTConnector
 from .model import M2PTModel
 from .optimizer import get_parameter_groups
 from .processing import adapt_processor
 from .register import register
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
@@ -27,6 +26,7 @@ __all__ = [
     "M2PTConnector",
     "M2PTModel",
     "UnsupportedModelError",
+    "__version__",
     "adapt_processor",
     "bundle",
     "get_parameter_groups",

@@ -1,24 +1,21 @@
 """
-Modules of the base model that M2PT has adapted.
+Modules of the base model that M2PT has adapted in place.
 
-An adapted module stays where it is and keeps its weights, children, hooks and names, so code that reads the model,
-saves it or trains a part of it works as before. Only two things differ: calling the module calls its layer, and
-`named_modules` also yields that layer, under the path of the module, which is where PEFT looks for it.
+An adapted module keeps its place, weights, children, hooks and names, so code that reads, saves or trains the model
+works as before. Two things differ: a call of the module calls its layer, and `named_modules` also yields that layer,
+at the path of the module, where PEFT looks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-if TYPE_CHECKING:
-    from .base import M2PTLayer
-
-# The attribute of an adapted module that holds its layer. It is no child, which would have a name of its own.
+# The attribute of an adapted module that holds its layer. Not a child, which would have a name of its own.
 LAYER = "m2pt_layer"
 
 
@@ -26,26 +23,17 @@ class Adapted(nn.Module):
     """
     A mixin for the class of an adapted module, which is changed in place, as `torch.nn.utils.parametrize` does.
 
-    **Attributes** (no annotations, since transformers evaluates those of its own classes):
-        - **m2pt_base_class** (`type[nn.Module]`) -- The class that the module has without an adapter.
-        - **m2pt_layer** ([`~peft_m2pt.base.M2PTLayer`]) -- What is called.
+    **Attributes** (not annotated, since transformers evaluates annotations of its classes):
+        - **m2pt_base_class** (`type[nn.Module]`) -- The original class of the module.
+        - **m2pt_layer** ([`~peft_m2pt.layers.base.M2PTLayer`]) -- The layer.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.m2pt_layer(*args, **kwargs)
 
     def call_without_adapters(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module, and its hooks, as if it were not adapted."""
+        """Calls the module with its hooks, as if it were not adapted."""
         return super().__call__(*args, **kwargs)
-
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> NoReturn:
-        """PEFT asks for this when another method is taken out of the model. It would pass over what is in here."""
-        if merge:
-            self.m2pt_layer.merge()
-        raise NotImplementedError(
-            f"'{self.m2pt_layer.site.path}' has weights of M2PT, and PEFT passes over what other methods have there. "
-            f"Call unload() of the model with M2PT first."
-        )
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -60,7 +48,7 @@ class Adapted(nn.Module):
         return super().train(mode)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made here, so pickle would not find it.
+        # The class is made at runtime, so pickle cannot import it.
         return _make_empty, (base_class(self),), *super().__reduce_ex__(protocol)[2:]
 
 
@@ -69,7 +57,7 @@ def _make_empty(module_class: type[nn.Module]) -> nn.Module:
     return adapted_class.__new__(adapted_class)
 
 
-# A dictionary, since torch.compile would trace through `functools.cache`.
+# Not `functools.cache`, which torch.compile would trace through.
 _adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -78,44 +66,30 @@ def _adapted_class(module_class: type[nn.Module]) -> type[nn.Module]:
         names = ("__module__", "__qualname__", "__doc__")
         contents = {"m2pt_base_class": module_class, **{name: getattr(module_class, name) for name in names}}
         if not issubclass(module_class, BaseTunerLayer):
-            # PEFT's name for what is computed without an adapter.
+            # PEFT's name for the module without an adapter.
             contents["base_layer"] = property(lambda module: module.forward)
         _adapted_classes[module_class] = type(module_class.__name__, (Adapted, module_class), contents)
     return _adapted_classes[module_class]
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has without an adapter."""
+    """The original class of a module."""
     return module.m2pt_base_class if isinstance(module, Adapted) else type(module)
 
 
-def layer_of(module: nn.Module) -> M2PTLayer | None:
-    """The layer of an adapted module. `None` for any other one."""
+def layer_of(module: nn.Module) -> Any:
+    """The layer of an adapted module. `None` for other modules."""
     return module.m2pt_layer if isinstance(module, Adapted) else None
 
 
-def adapt(module: nn.Module, layer: M2PTLayer) -> None:
-    """
-    Makes calls of a module go to a layer.
-
-    Args:
-        module (`nn.Module`):
-            A module of the base model.
-        layer ([`~peft_m2pt.base.M2PTLayer`]):
-            Its layer.
-    """
+def adapt(module: nn.Module, layer: nn.Module) -> None:
+    """Makes calls of a module call a layer instead."""
     module.__dict__[LAYER] = layer
     module.__class__ = _adapted_class(type(module))
 
 
 def release(module: nn.Module) -> None:
-    """
-    Restores an adapted module, and removes the weights and hooks of its layer.
-
-    Args:
-        module (`nn.Module`):
-            The module.
-    """
+    """Restores an adapted module, and removes the weights and hooks of its layer."""
     layer = module.__dict__.pop(LAYER)
     layer.remove_hooks()
     module.__class__ = base_class(module)
@@ -125,11 +99,11 @@ def release(module: nn.Module) -> None:
 
 def without_adapters(module: nn.Module) -> nn.Module:
     """
-    Strips a shallow copy of an adapted module of its layer. The original keeps it.
+    Removes the layer from a shallow copy of an adapted module. The original keeps it.
 
     Args:
         module (`nn.Module`):
-            The copy. That of any other module is left as it is.
+            The copy. That of another module is returned as it is.
     """
     if isinstance(module, Adapted):
         module._modules = dict(base_children(module))
@@ -139,7 +113,7 @@ def without_adapters(module: nn.Module) -> nn.Module:
 
 
 def base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of each child that a module has without an adapter."""
+    """Yields name and module of each child of a module, without those of its layer."""
     own = module.m2pt_layer._modules if isinstance(module, Adapted) else ()
     for name, child in module.named_children():
         if name not in own:
@@ -147,7 +121,7 @@ def base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def base_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields a module and all that is in it, without what adapters of M2PT have there."""
+    """Yields a module and all modules inside it, without those of M2PT layers."""
     yield module
     for _, child in base_children(module):
         yield from base_modules(child)

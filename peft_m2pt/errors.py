@@ -1,26 +1,38 @@
-"""Errors of this package."""
+"""The errors that this package raises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 from .tested import newer_than_tested
 
 
+MAX_PROBLEMS = 8
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """Lists problems, one per line, up to `MAX_PROBLEMS` of them."""
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return "\n".join(f"- {problem}" for problem in [*problems[:MAX_PROBLEMS], *more])
+
+
 class M2PTError(ValueError):
     """
-    What the errors of this package are.
+    Base class of the errors of this package.
 
-    Where an installed package is newer than all versions that this one was tested with, messages end with a line that
-    says so, since that may be why.
+    If an installed package is newer than the tested versions, the message ends with a line that says so.
     """
 
     @property
     def reason(self) -> str:
-        """The message without that line, to be quoted in another text."""
+        """The message without that line, to quote in another message."""
         return super().__str__()
 
     def __str__(self) -> str:
         line = newer_than_tested()
         if line is None:
             return self.reason
-        # Once, and at the end, also where this error quotes another one.
+        # At the end only, even if this error quotes another one.
         return self.reason.replace(f"\n{line}", "") + f"\n{line}"
 
 
@@ -28,8 +40,8 @@ class UnsupportedModelError(M2PTError):
     """
     M2PT cannot adapt a model, or a part of it.
 
-    Raised before anything in the model is changed, wherever the code of the model tells; otherwise when it is called.
-    The message names the module and the fields of [`M2PTConfig`] that help.
+    Raised before anything in the model is changed if the code of the model shows it, otherwise when the model is
+    called. The message names the module and the fields of [`M2PTConfig`] that help.
     """
 
 
@@ -45,13 +57,13 @@ class BundleError(M2PTError):
     """
     A base model and an adapter cannot be bundled.
 
-    The message names the field, the file or the tensor that is in the way. Nothing has been written.
+    The message names the field, the file or the tensor. Nothing has been written.
     """
 
 
 class AdapterFileError(M2PTError):
     """
-    A file of a saved adapter is damaged, or is no such file.
+    A file of a saved adapter is damaged, or not a file of an adapter.
 
     The message names the file and what is wrong with it. The model is as it was.
     """

@@ -1,4 +1,4 @@
-"""Parameter groups for optimizers: a learning rate for each kind of prompts, and no weight decay on them."""
+"""Parameter groups for optimizers: a learning rate for each kind of prompt, and no weight decay on prompts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from .report import measure
+from .layers.summary import list_trained
 
 
 PROMPTS = ("visual", "textual", "interaction")
+
+
 KINDS = (*PROMPTS, "connector")
 
 
@@ -25,17 +27,16 @@ def get_parameter_groups(
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """
-    Sorts what is trained into groups for an optimizer of torch, every parameter into one.
+    Sorts the trainable parameters of a model into groups for a PyTorch optimizer.
 
-    The groups are named "visual", "textual", "interaction" and "connector", as far as there is something in them.
-    What is trained besides M2PT (`modules_to_save`, LoRA) is in a group "other".
+    The groups are "visual", "textual", "interaction", "connector", and "other" for parameters outside of M2PT
+    (`modules_to_save`, LoRA). Empty groups are left out.
 
     Args:
         model (`nn.Module`):
-            A model with M2PT adapters, such as `get_peft_model` returns. Only trainable parameters count: those of the
-            active adapters.
+            A model with M2PT adapters, such as the output of `get_peft_model`.
         lr (`float`):
-            The learning rate of all groups that are given no own one.
+            The default learning rate.
         visual_lr (`float`, *optional*):
             The learning rate of visual prompts.
         textual_lr (`float`, *optional*):
@@ -45,15 +46,15 @@ def get_parameter_groups(
         connector_lr (`float`, *optional*):
             The learning rate of the tuned connector.
         weight_decay (`float`, defaults to 0.0):
-            Weight decay of the connector and of the group "other". Prompts have none, nor have biases and other
-            parameters of one dimension, which are then in groups "connector_no_decay" and "other_no_decay".
+            Weight decay of "connector" and "other". It does not apply to prompts, nor to biases and other
+            one-dimensional parameters, which are then in groups "connector_no_decay" and "other_no_decay".
 
     Returns:
         `list[dict[str, Any]]`: Groups with "name", "params", "lr" and "weight_decay".
 
     Raises:
-        ValueError: If nothing of M2PT is trainable in the model, if there is a learning rate for something that it
-            does not train, or if a number is negative or no number.
+        ValueError: If the model has no trainable parameters of M2PT, if a learning rate is given for something that is
+            not trained, or if a number is invalid or negative.
 
     Example:
 
@@ -70,14 +71,13 @@ def get_parameter_groups(
     trained = _trained_parameters(model)
     if not trained.keys() & set(KINDS):
         raise ValueError(
-            f"{type(model).__name__} has no trainable weights of M2PT. Give it some with get_peft_model(model, "
+            f"{type(model).__name__} has no trainable weights of M2PT. Add some with get_peft_model(model, "
             f"M2PTConfig(...)), or load an adapter with is_trainable=True."
         )
     for kind, rate in own_rates.items():
         if kind not in trained:
             raise ValueError(
-                f"{kind}_lr={rate}, but the active adapters train nothing of this kind, only {list(trained)}. Leave "
-                f"{kind}_lr out."
+                f"{kind}_lr={rate}, but the active adapters only train {list(trained)}. Leave {kind}_lr out."
             )
     groups = []
     for name, parameters in trained.items():
@@ -85,32 +85,26 @@ def get_parameter_groups(
         if name in PROMPTS or weight_decay == 0:
             groups.append(group)
             continue
-        matrices, others = _split(parameters)
-        groups.append({**group, "params": matrices, "weight_decay": weight_decay})
+        # DeepSpeed flattens and partitions parameters, but keeps their shape.
+        is_matrix = {p: len(getattr(p, "ds_shape", p.shape)) > 1 for p in parameters}
+        groups.append({**group, "params": [p for p in parameters if is_matrix[p]], "weight_decay": weight_decay})
+        others = [p for p in parameters if not is_matrix[p]]
         groups.append({**group, "params": others, "name": f"{name}_no_decay"})
     return [group for group in groups if group["params"]]
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters of each kind, and of none ("other"). One that has several names is there once."""
-    kinds = {parameter: part.name for part in measure(model) if part.name in KINDS for parameter in part.parameters}
+    """The trainable parameters by kind, or "other". Shared parameters are listed once."""
+    kinds = {
+        parameter: part.name for part in list_trained(model) if part.name in KINDS for parameter in part.parameters
+    }
     trained: dict[str, list[nn.Parameter]] = {}
     for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         trained.setdefault(kinds.get(parameter, "other"), []).append(parameter)
     return {kind: trained[kind] for kind in (*KINDS, "other") if kind in trained}
 
 
-def _split(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parts matrices from biases and the like."""
-    matrices, others = [], []
-    for parameter in parameters:
-        # DeepSpeed keeps a flat part of a parameter on each device.
-        num_dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        (matrices if num_dimensions > 1 else others).append(parameter)
-    return matrices, others
-
-
 def _check_number(name: str, number: Any) -> None:
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     if not is_number or not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name}={number!r} is not a number of 0 or more.")
+        raise ValueError(f"{name}={number!r} is not a finite number of at least 0.")

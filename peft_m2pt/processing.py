@@ -1,4 +1,4 @@
-"""Processors that leave room for interaction prompts among the tokens of each image."""
+"""Processors with room for interaction prompts among the tokens of each image."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from transformers import ProcessorMixin
 from .config import M2PTConfig
 
 
-# Kept with the tokenizer's settings, which are saved with it: what the processor's number was before it was adapted.
+FIELD = "num_additional_image_tokens"
+
+# The original `num_additional_image_tokens`, kept in `init_kwargs` of the tokenizer, which are saved with it.
 MARK = "num_additional_image_tokens_without_m2pt"
 
 
 def adapt_processor(processor: ProcessorMixin, config: M2PTConfig) -> ProcessorMixin:
     """
-    Makes a processor emit as many more placeholders for each image as an adapter has interaction prompts.
+    Makes a processor emit an additional placeholder token per image for each interaction prompt of an adapter.
 
-    Needed for `interaction_placement="image"`, in which these prompts become tokens of every image. For other adapters
-    the processor is set back. Doing it again changes nothing, also after the processor was saved and loaded.
+    This is needed for `interaction_placement="image"`, where these prompts become tokens of each image. Other adapters
+    reset the processor. Calling it again changes nothing, even if the processor was saved and loaded in between.
 
     Args:
         processor (`transformers.ProcessorMixin`):
-            The processor of a LLaVA model. It is changed in place.
+            The processor of a LLaVA model, which is changed in place.
         config ([`M2PTConfig`]):
             The configuration of the adapter, for example `model.peft_config["default"]`.
 
@@ -28,7 +30,7 @@ def adapt_processor(processor: ProcessorMixin, config: M2PTConfig) -> ProcessorM
         `transformers.ProcessorMixin`: The same processor.
 
     Raises:
-        ValueError: If the processor has no `num_additional_image_tokens`, which tells it of tokens beside the patches.
+        ValueError: If the processor has no `num_additional_image_tokens`.
 
     Example:
 
@@ -38,11 +40,11 @@ def adapt_processor(processor: ProcessorMixin, config: M2PTConfig) -> ProcessorM
     ```
     """
     num_tokens = config.wanted_interaction_tokens if config.interaction_placement == "image" else 0
-    if not isinstance(getattr(processor, "num_additional_image_tokens", None), int):
+    current = getattr(processor, FIELD, None)
+    if not isinstance(current, int):
         raise ValueError(
-            f"{type(processor).__name__} has no num_additional_image_tokens, so it cannot leave room for interaction "
+            f"{type(processor).__name__} has no {FIELD}, so it cannot make room for interaction "
             f"prompts. Use interaction_placement='layers', which needs no change of the processor."
         )
-    own_tokens = processor.tokenizer.init_kwargs.setdefault(MARK, processor.num_additional_image_tokens)
-    processor.num_additional_image_tokens = own_tokens + num_tokens
+    setattr(processor, FIELD, processor.tokenizer.init_kwargs.setdefault(MARK, current) + num_tokens)
     return processor

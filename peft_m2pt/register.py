@@ -1,4 +1,4 @@
-"""Makes M2PT a method of PEFT: the enum member `PeftType.M2PT` and the entries in PEFT's mappings."""
+"""Registers M2PT with PEFT: adds the enum member `PeftType.M2PT` and the entries in PEFT's mappings."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from peft.utils import PeftType, register_peft_method
 
 
 NAME = "m2pt"
+
+
 PREFIX = "m2pt_"
 
 
 def add_enum_member(enum_class: type[enum.Enum], name: str) -> enum.Enum:
     """
-    Adds a member to a string enum that is already defined.
+    Adds a member to an existing string enum.
 
-    Python has no public way of extending an enum, and PEFT has no entry point for methods of other packages. Attribute
-    access is set through `type`, since `EnumType` forbids it: Python 3.12 and later look members up as attributes.
+    Python has no public way of extending an enum, and PEFT has no entry point for methods of other packages. Python
+    3.12 and later look up members as attributes, which `EnumType` does not allow to set, but `type` does.
 
     Args:
         enum_class (`type[enum.Enum]`):
-            A `(str, Enum)` class. It is changed in place.
+            A `(str, Enum)` class, which is changed in place.
         name (`str`):
             Name and value of the new member.
 
     Returns:
-        `enum.Enum`: The new member, or the one that already has this name.
+        `enum.Enum`: The new member, or the existing one of this name.
     """
     if name in enum_class.__members__:
         return enum_class[name]
@@ -43,13 +45,7 @@ def add_enum_member(enum_class: type[enum.Enum], name: str) -> enum.Enum:
 
 def register(config_class: type, model_class: type) -> None:
     """
-    Registers M2PT with PEFT. Doing it again, also after a reload of the package, is harmless.
-
-    Args:
-        config_class (`type`):
-            The configuration class, [`M2PTConfig`].
-        model_class (`type`):
-            The tuner class, [`M2PTModel`].
+    Registers M2PT with PEFT. Repeating it is harmless, also after the package was reloaded.
 
     Raises:
         RuntimeError: If something else is already registered under the name "m2pt" or the prefix "m2pt_".
@@ -61,7 +57,7 @@ def register(config_class: type, model_class: type) -> None:
         if old is not None and (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
             raise RuntimeError(
                 f"PEFT already has a method called '{NAME}': {old.__module__}.{old.__qualname__}. peft_m2pt cannot "
-                f"be used beside it. Import only one of the two packages in a process."
+                f"be used together with it. Import only one of the two packages in a process."
             )
     for other, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items():
         if prefix == PREFIX and other != peft_type:
@@ -70,7 +66,7 @@ def register(config_class: type, model_class: type) -> None:
                 f"peft_m2pt. Import only one of the two packages in a process."
             )
 
-    # What is left in the mappings can only be an earlier import of this package, which `register_peft_method` refuses.
+    # Remaining entries are from an earlier import of this package. `register_peft_method` refuses to replace them.
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(peft_type, None)
     register_peft_method(name=NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)

@@ -1,4 +1,4 @@
-"""The versions that this package is tested with. What pyproject.toml, constraints and docs say agrees with it."""
+"""The versions that this package is tested with, from which pyproject.toml, constraints and docs must not differ."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 
 from packaging.version import InvalidVersion, Version
 
+from .version import __version__
+
 
 class Range(NamedTuple):
-    """The lowest and the newest version of a package that all tests pass with."""
+    """The lowest and the newest version of a package with which all tests pass."""
 
     lowest: str
     newest: str
@@ -26,16 +28,13 @@ TESTED = {
     "accelerate": Range("1.4.0", "1.15.0"),
 }
 
+
 Place = Literal["older", "within", "newer"]
 
 
 def find_version(package: str) -> str | None:
     """
     Looks up the installed version of a package without importing it.
-
-    Args:
-        package (`str`):
-            Its name on PyPI.
 
     Returns:
         `str | None`: The version, or `None` if it is not installed.
@@ -48,15 +47,11 @@ def find_version(package: str) -> str | None:
 
 def find_release(package: str) -> Version | None:
     """
-    Looks up the installed version of a package, to compare it.
-
-    Args:
-        package (`str`):
-            Its name on PyPI.
+    Looks up the installed release of a package, for comparisons.
 
     Returns:
-        `Version | None`: What the installed version is a build of: 2.13.0 for 2.13.0+cpu. `None` if the package
-        is not installed, or under no version that can be compared.
+        `Version | None`: The version without its local part: 2.13.0 for 2.13.0+cpu. `None` if the package is not
+        installed, or its version cannot be parsed.
     """
     try:
         return Version(Version(find_version(package) or "").public)
@@ -66,15 +61,11 @@ def find_release(package: str) -> Version | None:
 
 def place(package: str) -> Place | None:
     """
-    Says where the installed version of a package stands beside those that are tested.
-
-    Args:
-        package (`str`):
-            One of `TESTED`.
+    Compares the installed version of a package with the tested ones.
 
     Returns:
-        `str | None`: "older", "within" or "newer", as development versions of a newer one are. `None` if there is
-        nothing to compare.
+        `str | None`: "older", "within" or "newer", which includes development versions. `None` if there is nothing to
+        compare.
     """
     release = find_release(package)
     if release is None:
@@ -85,13 +76,11 @@ def place(package: str) -> Place | None:
 
 def newer_than_tested() -> str | None:
     """
-    Says which installed packages are newer than the newest versions that are tested.
+    Says which installed packages are newer than the newest tested versions.
 
     Returns:
-        `str | None`: One line that names both versions and the way out, or `None` if no package is newer.
+        `str | None`: One line that names both versions and the remedy, or `None` if no package is newer.
     """
-    from . import __version__
-
     newer = [package for package in TESTED if place(package) == "newer"]
     if not newer:
         return None

@@ -1,7 +1,7 @@
 """
-What this package uses of transformers and accelerate beside their documented interfaces, in one place.
+Everything of transformers and accelerate that this package uses without documentation.
 
-When a release changes any of it, `tests/test_upstream_ground.py` fails and says what has changed.
+If a release changes any of it, `tests/test_upstream_ground.py` fails and says what has changed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.auto import modeling_auto
 
 
-# The method of models on which all ways into continuous batching rest: `generate_batch`, its context manager, and the
-# servers of transformers and TRL.
+# The method by which `generate_batch`, its context manager and the servers of transformers and TRL start continuous
+# batching.
 CONTINUOUS_BATCHING = "init_continuous_batching"
 
-# All classes that choose a model by the class of its config, by a table that others can add to.
+
+# The classes that choose a model by the class of its config, in a table that can be extended.
 AUTO_CLASSES = tuple(
     auto_class
     for name, auto_class in vars(modeling_auto).items()
     if name.startswith("AutoModel") and getattr(auto_class, "_model_mapping", None) is not None
 )
 
-# The field of a config that names the file with the weights. Anything but the name of such a file is refused with an
-# error that quotes it.
+
+# The field of a config that names the file with the weights. An error of transformers quotes any other value.
 WEIGHTS_FIELD = "transformers_weights"
 
 
@@ -45,7 +46,7 @@ def attention_implementation(attention: nn.Module) -> str:
 
 
 def local_reach(attention: nn.Module) -> tuple[int | None, int | None]:
-    """How many tokens a token sees at most in an attention module, and how long chunks are that see none outside."""
+    """The length of the sliding window and of the attention chunks of an attention module."""
     config = attention.config
     kinds, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
     kind = "sliding_attention" if kinds is None or layer is None or layer >= len(kinds) else kinds[layer]
@@ -55,13 +56,13 @@ def local_reach(attention: nn.Module) -> tuple[int | None, int | None]:
 
 
 def chunk_length(config: PretrainedConfig) -> int | None:
-    """How long the chunks are that do not see each other in some layers of a language model, if there are any."""
+    """The length of the attention chunks of a language model (Llama 4). `None` if no layer has any."""
     has_chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return config.attention_chunk_size if has_chunks else None
 
 
 def recorded_attention_classes(tower: nn.Module) -> tuple[type, ...]:
-    """The classes of modules whose attention weights transformers records for a tower, where it says so."""
+    """The classes of modules whose attention weights transformers records for a tower, as far as it says."""
     classes: list[type] = []
     for module in tower.modules():
         specs = (getattr(module, "_can_record_outputs", None) or {}).get("attentions", [])
@@ -80,18 +81,13 @@ def checkpoints_reentrantly(module: nn.Module) -> bool:
 
 
 def renamed_weights(model: nn.Module) -> dict[str, str] | None:
-    """How transformers renames the weights of a model's older checkpoints: regular expressions and replacements."""
+    """How transformers renames weights of a model's older checkpoints: regular expressions and replacements."""
     return getattr(model, "_checkpoint_conversion_mapping", None)
 
 
-def new_names(function: Callable) -> dict[str, str]:
+def renamed_arguments(function: Callable) -> dict[str, str]:
     """
-    The present names of deprecated arguments, by the old ones. transformers' `deprecate_kwarg` wraps a function and
-    renames what it is given; what it renames is only to be found in its closure.
-
-    Args:
-        function (`Callable`):
-            A function, decorated or not.
+    The present names of deprecated arguments, by the old ones, from the closure of transformers' `deprecate_kwarg`.
 
     Returns:
         `dict[str, str]`
@@ -107,7 +103,7 @@ def new_names(function: Callable) -> dict[str, str]:
 
 def make_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """
-    Makes the model that a config is of, on the meta device: the class that it names, or that the auto classes choose.
+    Makes the model of a config on the meta device, of the class that it names or that the auto classes choose.
 
     Raises:
         ValueError: If the installed transformers has no such model.
@@ -126,21 +122,21 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     raise ValueError(f"transformers {transformers.__version__} has no model for {type(config).__name__}.")
 
 
-def needed_peft() -> str | None:
-    """The lowest version of PEFT that transformers takes in its own `add_adapter` and `load_adapter`."""
+def min_peft_version() -> str | None:
+    """The lowest version of PEFT that `add_adapter` and `load_adapter` of transformers accept."""
     return getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", None)
 
 
 def with_loader(model_class: type[PreTrainedModel], load_adapter: Callable) -> type[PreTrainedModel]:
     """
-    Makes a class whose `from_pretrained` loads the adapter that it finds beside a model in another way than that of
-    transformers, which can ask for a PEFT that is not there.
+    Makes a class whose `from_pretrained` loads an adapter beside the model by another function than transformers does,
+    which may ask for a newer PEFT.
 
     Args:
         model_class (`type[PreTrainedModel]`):
-            The class of the model, and of what is loaded.
+            The class of the model.
         load_adapter (`Callable`):
-            Gets the model, the folder and the name of the adapter.
+            Loads an adapter, given the model, the folder and the name of the adapter.
 
     Returns:
         `type[PreTrainedModel]`
@@ -155,28 +151,21 @@ def with_loader(model_class: type[PreTrainedModel], load_adapter: Callable) -> t
 
 
 def mark_as_adapted(model: PreTrainedModel) -> None:
-    """Lets the methods that transformers' models have for adapters know of one that PEFT has put in."""
+    """Makes the adapter methods of a transformers model aware of an adapter that PEFT has added."""
     model._hf_peft_config_loaded = True
 
 
 def is_adapted(model: PreTrainedModel) -> bool:
-    """Whether these methods know of an adapter."""
+    """Whether the adapter methods of a transformers model are aware of an adapter."""
     return model._hf_peft_config_loaded
 
 
 def names_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """
-    Says under which names transformers loads the tensors of a checkpoint.
-
-    Args:
-        model (`PreTrainedModel`):
-            The model, which may be on the meta device.
-        names (`Iterable[str]`):
-            Names in the checkpoint.
+    Maps the tensors of a model to those of a checkpoint from which transformers loads them.
 
     Returns:
-        `dict[str, str]`: Names in the checkpoint by names in the model. Tensors that are changed when they are loaded,
-        by more than their name, are not in it.
+        `dict[str, str]`: Names in the checkpoint by names in the model, without tensors that loading converts.
     """
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
@@ -193,22 +182,22 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, st
 
 
 def offloaded_to(module: nn.Module) -> torch.device | None:
-    """The device on which accelerate runs a module whose weights are offloaded, `None` if they are not."""
+    """The device on which accelerate runs a module with offloaded weights. `None` if they are not offloaded."""
     hook = getattr(module, "_hf_hook", None)
     for hook in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(hook, AlignDevicesHook) and hook.offload:
-            # accelerate keeps what it was given: a number, a name, ...
+            # Kept as it was given: a number, a name, ...
             return torch.device(hook.execution_device)
     return None
 
 
-class FetchingFor:
+class FetchOffloadedWeights:
     """
-    Lets accelerate fetch the offloaded weights of a module around the call of another one that computes with them.
+    Makes accelerate fetch the offloaded weights of a module around calls of another one that computes with them.
 
     Args:
         module (`nn.Module`):
-            The module that holds the weights, and is not called.
+            The module that holds the weights, which is not called itself.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -226,5 +215,5 @@ class FetchingFor:
 
 
 def weights_come_from_first_process() -> bool:
-    """Whether only the first of several processes has loaded weights, which FSDP will bring to the others."""
+    """Whether only the first process has loaded weights, which FSDP broadcasts to the others."""
     return is_fsdp_enabled()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 
-pytest.register_assert_rewrite("processes.launch")
+pytest.register_assert_rewrite("helpers", "processes.launch")
 
 # Models here are far too small to gain from threads.
 torch.set_num_threads(1)
@@ -11,3 +11,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    from helpers.fresh import FreshProcesses
+
+    with FreshProcesses() as processes:
+        yield processes

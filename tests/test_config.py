@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from models import make_llava
+from helpers.models import make_llava
 from peft import PeftConfig, PeftType, get_peft_model
 
 from peft_m2pt import M2PTAttention, M2PTConfig
@@ -83,7 +83,7 @@ def test_sequences_become_lists(layers):
         ({"visual_layers": "middle"}, "visual_layers='middle' is unknown"),
         ({"textual_layers": [0, 1.0]}, "textual_layers=[0, 1.0] is neither"),
         ({"textual_layers": 3}, "textual_layers=3 is neither"),
-        ({"textual_layers": []}, "textual_layers=[] chooses no layer"),
+        ({"textual_layers": []}, "textual_layers=[] selects no layer"),
         ({"visual_layers": [1, 1]}, "visual_layers=[1, 1] names a layer twice"),
         ({"init_prompts": "zeros"}, "init_prompts='zeros' is unknown"),
         ({"init_prompts": "vocabulary", "num_textual_tokens": 0}, "init_prompts='vocabulary'"),

@@ -12,8 +12,8 @@ from families.spec import CHECKS, make_inputs, make_model
 from peft import get_peft_model
 
 from peft_m2pt import M2PTAttention, M2PTConfig, UnsupportedModelError
-from peft_m2pt.anatomy import find_sites
-from peft_m2pt.interaction import find_connector
+from peft_m2pt.anatomy.connectors import find_connector
+from peft_m2pt.anatomy.layers import find_sites
 
 
 KNOWN = [family for family in FAMILIES if family.is_known]

@@ -12,20 +12,20 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from adapter_methods import needs_adapter_methods
-from hub_server import TOKEN, HubServer
+from helpers.adapter_methods import needs_adapter_methods
+from helpers.hub_server import TOKEN, HubServer
+from helpers.models import adapt, make_config, make_inputs, make_llava, randomise
+from helpers.processors import make_processor
+from helpers.trainers import make_trainer
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
-from models import adapt, make_config, make_inputs, make_llava, randomise
 from peft import AutoPeftModel, PeftModel
-from test_interaction import make_processor
-from test_training import make_trainer
 from transformers import AutoModelForImageTextToText
 
 import peft_m2pt
-from peft_m2pt.base import M2PTLayer
-from peft_m2pt.cli import main
 from peft_m2pt.errors import AdapterFileError, BundleError
+from peft_m2pt.layers.base import M2PTLayer
+from peft_m2pt.tools.cli import main
 
 
 BASE = "user/base"
@@ -165,7 +165,7 @@ def test_offline(hub, tmp_path):
     before = len(hub.requests)
     code = f"""
         import peft_m2pt, torch
-        from models import make_inputs
+        from helpers.models import make_inputs
         from peft import AutoPeftModel, PeftModel
 
         torch.set_num_threads(1)
@@ -471,7 +471,7 @@ class TestBundle:
 
     def test_a_base_that_was_downloaded(self, hub, tmp_path):
         base().save_pretrained(tmp_path / "base")
-        with pytest.warns(UserWarning, match=f"tuned on '{BASE}' .*cannot be seen from here"):
+        with pytest.warns(UserWarning, match=f"tuned on '{BASE}' .*cannot be checked"):
             peft_m2pt.bundle(tmp_path / "base", ADAPTER, tmp_path / "bundle")
         assert torch.equal(logits(self.load(tmp_path / "bundle")), expected_logits())
 

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from models import VOCAB_SIZE, adapt, trained_by
+from helpers.models import VOCAB_SIZE, adapt, trained_by
 from torch import nn
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,7 +21,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import UnsupportedModelError
 from peft_m2pt.adapted import layer_of
-from peft_m2pt.arguments import Role, read_signature
+from peft_m2pt.anatomy.arguments import Role, read_signature
 
 
 NEW_NAMES = {
@@ -183,7 +183,7 @@ class TestStillWorks:
         outputs = [tuned.generate(**INPUTS, **options) for tuned in (model, expected)]
         assert torch.equal(*(output.sequences for output in outputs))
         assert torch.equal(*(output.sequences_scores for output in outputs))
-        kept = layer_of(model.get_base_model().model.layers[0].self_attn)._kept
+        kept = layer_of(model.get_base_model().model.layers[0].self_attn)._cached
         assert kept is not None, "the cache was not found, so rows were computed anew for every token"
 
 

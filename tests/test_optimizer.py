@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from adapter_methods import needs_adapter_methods
-from models import adapt, make_config, make_inputs, make_llava, trained_by
+from helpers.adapter_methods import needs_adapter_methods
+from helpers.models import adapt, make_config, make_inputs, make_llava, trained_by
+from helpers.trainers import make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_training import make_trainer
 from torch.optim import SGD, AdamW
 
 from peft_m2pt import get_parameter_groups
@@ -115,7 +115,7 @@ def test_adapter_of_transformers():
 @pytest.mark.parametrize("number", [-1e-3, float("nan"), float("inf"), "1e-3", True], ids=repr)
 @pytest.mark.parametrize("name", ["lr", "visual_lr", "textual_lr", "interaction_lr", "connector_lr", "weight_decay"])
 def test_bad_numbers(name, number):
-    with pytest.raises(ValueError, match=rf"^{name}={number!r} is not a number of 0 or more"):
+    with pytest.raises(ValueError, match=rf"^{name}={number!r} is not a finite number of at least 0"):
         get_parameter_groups(make_llava(), **{"lr": 0.1, name: number})
 
 
@@ -131,7 +131,7 @@ def test_bad_numbers(name, number):
 def test_rate_for_what_is_not_there(name, kwargs):
     kind = name.removesuffix("_lr")
     with pytest.raises(
-        ValueError, match=rf"{name}=0.01.*nothing of this kind, only \['.*'\].*Leave {name} out"
+        ValueError, match=rf"{name}=0.01.*the active adapters only train \['.*'\].*Leave {name} out"
     ) as info:
         get_parameter_groups(adapt(make_llava(), **kwargs), 0.1, **{name: 0.01})
     assert f"'{kind}'" not in str(info.value)

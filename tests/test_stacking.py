@@ -3,21 +3,24 @@
 import copy
 import pickle
 
-import adapter_methods
 import pytest
 import torch
-from models import VOCAB_SIZE, adapt, make_config, make_inputs, make_llava, randomise, trained_by, without_labels
-from peft import (
-    LoraConfig,
-    PeftMixedModel,
-    PeftModel,
-    get_layer_status,
-    get_model_status,
-    get_peft_model,
+from helpers import adapter_methods
+from helpers.lora import add_lora, randomise_lora
+from helpers.models import (
+    VOCAB_SIZE,
+    adapt,
+    make_config,
+    make_inputs,
+    make_llava,
+    randomise,
+    trained_by,
+    without_labels,
 )
+from helpers.processors import make_processor
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_layer_status, get_model_status, get_peft_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
-from test_interaction import make_processor
 from torch import nn
 from transformers import pipeline
 
@@ -32,24 +35,7 @@ ADAPTERS = {
     "low rank": {"connector_rank": 4},
     "image": {"connector_rank": 4, "interaction_placement": "image"},
 }
-
 every_target = pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-
-
-def add_lora(model, targets, adapter_name="lora"):
-    """LoRA with updates large enough to matter, the same for every model."""
-    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=targets), adapter_name=adapter_name)
-    randomise_lora(peft_model)
-    return peft_model
-
-
-def randomise_lora(model):
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for _, module in sorted(model.named_modules(), key=lambda pair: pair[0]):
-            if isinstance(module, LoraLayer):
-                for parameter in (*module.lora_A.parameters(), *module.lora_B.parameters()):
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def merged(targets):
@@ -166,12 +152,6 @@ def test_unload_leaves_lora(tmp_path):
     expected = lora(**inputs).logits
     peft_model = adapt(lora, "m2pt")
     assert not torch.equal(peft_model(**inputs).logits, expected)
-    with pytest.raises(NotImplementedError, match="M2PT cannot be merged into the base weights"):
-        lora.merge_and_unload()
-    with pytest.raises(
-        NotImplementedError, match=r"self_attn' has weights of M2PT.* Call unload\(\) of the model with"
-    ):
-        lora.unload()
     unloaded = peft_model.unload()
     assert unloaded is lora and list(lora.peft_config) == ["lora"]
     assert [name for name, _ in lora.named_modules()] == names
@@ -180,6 +160,44 @@ def test_unload_leaves_lora(tmp_path):
     loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "lora")
     assert torch.equal(loaded(**inputs).logits, expected)
     torch.testing.assert_close(lora.merge_and_unload()(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("order", ["LoRA first", "M2PT first"])
+def test_another_method_stays_while_there_are_prompts(method, order):
+    """PEFT skips what is inside of adapted modules, so nothing is unloaded or merged at all."""
+    inputs = make_inputs()
+    if order == "LoRA first":
+        lora = add_lora(make_llava(), "all-linear")
+        peft_model = adapt(lora, "m2pt")
+    else:
+        peft_model = adapt(make_llava(), "m2pt")
+        lora = add_lora(peft_model, ["gate_proj"])
+    expected, names = lora(**inputs).logits, [name for name, _ in lora.named_modules()]
+    weights = {name: weight.clone() for name, weight in lora.state_dict().items()}
+    with pytest.raises(
+        NotImplementedError, match=r"for example at 'model.*self_attn'.* Call unload\(\) on the model with M2PT first"
+    ):
+        getattr(lora, method)()
+    assert [name for name, _ in lora.named_modules()] == names
+    assert all(torch.equal(weight, weights[name]) for name, weight in lora.state_dict().items())
+    assert torch.equal(lora(**inputs).logits, expected)
+    if order == "LoRA first":
+        peft_model.unload()
+        assert not [module for module in getattr(lora, method)().modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize("connector", [{}, {"connector_rank": 2}, {"tune_connector": False}], ids=str)
+def test_merging_another_method_in_place(connector):
+    """What LoRA adds is in the weights below, then, and nothing else has changed."""
+    inputs = make_inputs()
+    lora = add_lora(make_llava(), "all-linear")
+    peft_model = adapt(lora, "m2pt", **connector)
+    expected = peft_model(**inputs).logits
+    lora.merge_adapter()
+    torch.testing.assert_close(peft_model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    lora.unmerge_adapter()
+    torch.testing.assert_close(peft_model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_disabling():
@@ -205,7 +223,7 @@ def test_lora_on_m2pt_is_refused_where_peft_passes_over_modules(targets, by_tran
     else:
         model = get_peft_model(adapt(make_llava(), "m2pt"), config, adapter_name="lora")
     message = (
-        r"'lora' \(LORA\) was added after M2PT, and PEFT has passed over '.*self_attn\.\w_proj'.* Add it .* first"
+        r"'lora' \(LORA\) was added after M2PT, so PEFT has skipped '.*self_attn\.\w_proj'.* Add it .* before M2PT"
     )
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
@@ -236,7 +254,7 @@ def test_adapters_have_names_of_their_own():
             get_peft_model(again, make_config())
     assert torch.equal(peft_model(**make_inputs()).logits, expected)
     later = get_peft_model(adapt(make_llava()), LoraConfig(target_modules=["up_proj"]))
-    with pytest.raises(ValueError, match=r"'default' \(LORA\) has the name of an M2PT adapter.*another name"):
+    with pytest.raises(ValueError, match=r"'default' \(LORA\) has the same name as an M2PT adapter.*another name"):
         later(**make_inputs())
 
 

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from models import make_llava
+from helpers.models import make_llava
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import get_peft_model

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_methods import needs_adapter_methods
 from datasets import Dataset
-from models import adapt, make_config, make_inputs, make_llava, randomise, trained_by, without_labels
+from helpers.adapter_methods import needs_adapter_methods
+from helpers.models import adapt, make_config, make_inputs, make_llava, randomise, trained_by, without_labels
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments

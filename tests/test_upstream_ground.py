@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from models import adapt, make_llava
+from helpers.models import adapt, make_llava
 from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -36,7 +36,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import M2PTConfig, upstream
-from peft_m2pt.notes import MOVES
+from peft_m2pt.attention.cached_first_tokens import UPDATES
 
 
 class TestTransformers:
@@ -60,7 +60,7 @@ class TestTransformers:
             AttentionInterface._global_mapping.pop("m2pt_test")
 
     def test_caches_change_in_known_ways(self):
-        """By all of these, notes on a cache are carried along, or what is noted stays true."""
+        """The first tokens that are kept with a cache follow all of these, or stay as they are."""
         readers = {"get_seq_length", "get_max_length", "get_max_cache_shape", "get_mask_sizes", "get_query_offset"}
         readers |= {"get_conv_state", "get_recurrent_state", "has_previous_state", "is_recording_past"}
         writers = {"update", "update_conv_state", "update_recurrent_state", "update_indexer", "early_initialization"}
@@ -68,9 +68,9 @@ class TestTransformers:
         methods = {
             name for name, value in vars(Cache).items() if inspect.isfunction(value) and not name.startswith("_")
         }
-        unknown = methods - readers - writers - others - set(MOVES)
+        unknown = methods - readers - writers - others - set(UPDATES)
         assert not unknown, "caches have new methods, which may bring samples elsewhere or take tokens away"
-        assert set(MOVES) <= methods, "a method of caches that carries notes has another name now"
+        assert set(UPDATES) <= methods, "a method of caches that moves first tokens has another name now"
 
     def test_recorded_attention(self):
         recorded = upstream.recorded_attention_classes(make_llava().model.language_model)
@@ -143,7 +143,7 @@ class TestTransformers:
         assert cache.get_mask_sizes(2, 0) == (5, 3), "caches say in another way which keys a mask has columns for"
 
     def test_needed_peft(self):
-        model, needed = make_llava(), upstream.needed_peft()
+        model, needed = make_llava(), upstream.min_peft_version()
         assert needed is not None, "the version of PEFT that is asked for is kept elsewhere"
         try:
             model.add_adapter(LoraConfig(target_modules=["q_proj"]))
@@ -158,7 +158,9 @@ class TestTransformers:
         def function(after=None):
             return after
 
-        assert upstream.new_names(function) == {"before": "after"}, "`deprecate_kwarg` keeps names in another way"
+        assert upstream.renamed_arguments(function) == {"before": "after"}, (
+            "`deprecate_kwarg` keeps names in another way"
+        )
 
     def test_models_on_meta(self):
         config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)

@@ -1,28 +1,40 @@
-"""Tiny models of the families of models that M2PT is tried on."""
+"""
+Tiny models of the families of models that M2PT is tried on, filed by what is special about them.
+
+Not here: fast_vlm and perception_lm, whose vision towers are models of timm, which is not installed; qwen2_5_omni and
+qwen3_omni_moe as a whole, which have no forward pass: what is tuned is their thinker.
+
+A tiny random model may generate the placeholder id, which a forward pass without a cache then counts as one more image
+("features and tokens do not match"). Where that happened, the placeholder or the media are others.
+"""
 
 from . import (
-    audio_and_a_to_g,
-    glm_molmo_clip,
-    h_to_p,
-    llava_gemma_idefics,
-    new_in_5_24,
-    q_to_z_and_encoders,
-    qwen_mllama_blip2,
-    speech,
+    audio,
+    encoder_decoder,
+    encoders,
+    hybrid,
+    mrope,
+    mrope_qwen,
+    no_encoder,
+    packed_vision,
+    plain_vision,
+    queries,
 )
 
 
 FAMILIES = [
     family
     for group in (
-        llava_gemma_idefics,
-        qwen_mllama_blip2,
-        glm_molmo_clip,
-        audio_and_a_to_g,
-        h_to_p,
-        q_to_z_and_encoders,
-        new_in_5_24,
-        speech,
+        plain_vision,
+        packed_vision,
+        mrope_qwen,
+        mrope,
+        hybrid,
+        queries,
+        encoder_decoder,
+        no_encoder,
+        audio,
+        encoders,
     )
     for family in group.FAMILIES
 ]

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 import transformers
-from attention_kernels import KERNELS, stand_ins
+from helpers.attention_kernels import KERNELS, stand_ins
+from helpers.lengthened_attention import lengthened_output
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_m2pt import M2PTAttention, M2PTConfig
+from peft_m2pt.anatomy.towers import find_tower
 from peft_m2pt.tested import TESTED
-from peft_m2pt.towers import find_tower
 
 from .document import NO_ROAD, UNTUNED_DIFFERS, documented_roads
-from .lengthening import lengthened_output
 from .spec import PAD, TEXT_IDS, VOCAB_SIZE, Family, Inputs, make_inputs, make_labels, make_model, take_sample
 
 

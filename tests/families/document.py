@@ -15,31 +15,30 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 HEAD = """# Models
 
-Which families of models M2PT works on, and why it does not where it does not. This page is written by `make models`,
-which runs the checks below on a tiny model of each family, and a test fails when it is out of date.
+What M2PT can do with each family of models. `make models` writes this page from the checks below, run on a tiny model
+of each family; a test fails if it is out of date.
 
-A family that is not listed here works as well if its attention calls the attention interface of transformers, which
-almost all do: nothing is known of single families but the names of some connectors. `peft-m2pt inspect MODEL` says
-what is found in a model, from its config alone. What cannot be adapted is refused with an `UnsupportedModelError`
-before the model is touched; it names the field of `M2PTConfig` that leaves the part out.
+Families that are not listed also work if their attention uses transformers' attention interface, as almost all do.
+`peft-m2pt inspect MODEL` shows what is found in a model, from its config alone. What cannot be adapted is refused with
+an `UnsupportedModelError` before the model is changed, which names the field of `M2PTConfig` that leaves the part out.
 
-- **visual**, **textual**: prompts in the vision encoder (in models that hear: in the audio encoder) and in the
-  language model.
-- **interaction**: how many rows of image features become one token in the connector, through which interaction prompts
-  go.
+- **visual**, **textual**: prompts in the vision encoder (in audio models, the audio encoder) and in the language
+  model.
+- **interaction**: how many rows of image features the connector merges into one token. Interaction prompts go through
+  it.
 """
 
 ROADS_HEAD = """
 ## Roads
 
-A sample that is padded on the left gives what it gives alone, whoever calls what: the whole model with **text** alone;
-its **body**, without the head; its **decoder**; the decoder with a **4-D mask**, or with **positions** that start at
-5 and at 20. That is looked at where it holds without M2PT, which is measured too.
+A sample padded on the left gives the same results as alone, however the model is called: the whole model with **text**
+only; its **body**, without the head; its **decoder**; the decoder with a **4-D mask**, or with **positions** that
+start at 5 and at 20. This is only checked where it holds without M2PT.
 """
 
-# What is found out with the untuned model.
-NO_ROAD = "it takes no such input"
-UNTUNED_DIFFERS = "it differs without M2PT too"
+# Found with the untuned model.
+NO_ROAD = "no such input"
+UNTUNED_DIFFERS = "differs without M2PT too"
 
 REFUSALS = {
     "visual": "set `num_visual_tokens=0`",
@@ -48,7 +47,7 @@ REFUSALS = {
 
 
 def documented_roads() -> dict[str, dict[str, str]]:
-    """What the page says of the roads, by family."""
+    """The table of roads on the page, by family."""
     lines = PAGE.read_text(encoding="utf-8").partition("## Roads")[2].partition("\n## ")[0].splitlines()
     header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     return {row[0].strip("`"): dict(zip(header[1:], row[1:])) for row in rows}
@@ -67,7 +66,7 @@ def render(families: list[Family], roads: dict[str, dict[str, str]]) -> str:
         families (`list[Family]`):
             The families.
         roads (`dict[str, dict[str, str]]`):
-            What was measured on each road to the language model of each.
+            What was measured on each road to the language model of each family.
     """
     notes: dict[str, int] = {}
 
@@ -94,7 +93,7 @@ def render(families: list[Family], roads: dict[str, dict[str, str]]) -> str:
             elif check in family.without:
                 row.append(note(family.without[check]))
             elif check == "generation" and not family.generates:
-                row.append(note("generates no text, or not with `generate` alone"))
+                row.append(note("does not generate text, or not with `generate` alone"))
             else:
                 row.append("yes")
         rows.append(row)

@@ -24,10 +24,10 @@ Inputs = dict[str, torch.Tensor]
 CHECKS = {
     "training": "every prompt has a finite, non-zero gradient",
     "exact": "each adapted attention equals the same module run on [prompts ; tokens], prompt rows dropped",
-    "generation": "greedy generation with a cache equals that without, and the argmax of a forward over the result",
-    "padding": "a sample padded on the left gives what it gives alone",
-    "checkpointing": "gradient checkpointing, reentrant or not, leaves loss and gradients as they are",
-    "saving": "a fresh model with the saved adapter gives the same; without it the base model is back bit by bit",
+    "generation": "greedy generation with a cache equals that without, and the argmax of one forward pass over it",
+    "padding": "a sample padded on the left gives the same as alone",
+    "checkpointing": "gradient checkpointing, reentrant or not, does not change loss and gradients",
+    "saving": "a fresh model with the saved adapter gives the same; without it, the base model is back bit for bit",
     "attention": '"eager" and "sdpa" attention agree, and so do "flash_attention_2" and "flex_attention" (run by '
     "stand-ins for their kernels) where those of the base model do",
 }

@@ -16,11 +16,11 @@ import openai
 import pytest
 import torch
 import transformers
-from models import adapt
+from helpers.models import adapt
+from helpers.shapes import IMAGE_SIZE, make_model, make_processor
 from packaging.version import Version
 from peft import PeftModel
 from PIL import Image
-from test_train import IMAGE_SIZE, make_model, make_processor
 from transformers import LlavaForConditionalGeneration
 
 import peft_m2pt

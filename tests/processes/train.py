@@ -1,5 +1,5 @@
 """
-A training run that tests/test_processes.py starts in several processes, and in its own for comparison.
+A training run that tests/training/test_processes.py starts in several processes, and in its own for comparison.
 
 Every step has a batch of four samples in all. The first process gets the first half of it, the second the other one.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
-from models import adapt, make_inputs, without_labels
+from helpers.models import adapt, make_inputs, without_labels
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

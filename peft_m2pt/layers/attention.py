@@ -1,0 +1,300 @@
+"""The layer that holds the prompts of a self-attention module, and is called in its place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapted import base_class, base_modules
+from ..anatomy.arguments import Role, check_call, read_signature
+from ..anatomy.modules import device_of, dtype_of
+from ..anatomy.sites import Connector, Site
+from ..attention.find_first_tokens import cache_first_tokens, find_first_tokens, first_tokens_in_cache
+from ..attention.first_tokens import FirstTokens
+from ..attention.interface import attend_with_prompts, extend_attention_function, record_prompt_kv
+from ..attention.prompt_arguments import prompt_arguments
+from ..attention.prompt_kv import PromptKV, assign_prompt_kv
+from .base import M2PTLayer
+from .connector import project
+from .initializer import PromptInitializer
+from .mixed_batch import SampleAdapters, sample_adapters
+from .prompt import M2PTPrompt
+
+
+class M2PTAttention(M2PTLayer):
+    """
+    A self-attention module with prompts.
+
+    For a layer with prompt P of shape `[n, D]`, section 3 of the paper (arXiv 2409.15657) amounts to
+
+        K = [W_k LN(P) ; K_tokens],  V = [W_v LN(P) ; V_tokens],  output = softmax(Q_tokens K^T / sqrt(d)) V
+
+    In the language model, interaction prompts V of the vision encoder's width can be appended: P becomes
+    [P ; f_in(V)], where f_in is the connector.
+
+    The prompt rows of K and V are computed by the module's own code, so fused or grouped projections, key norms and
+    rotary embeddings are those of the model.
+
+    Args:
+        site ([`~peft_m2pt.anatomy.sites.Site`]):
+            The attention module and its surroundings in the model.
+    """
+
+    adapter_layer_names = ("m2pt_prompt", "m2pt_interaction")
+    m2pt_prompt: MutableMapping[str, M2PTPrompt]
+    m2pt_interaction: MutableMapping[str, M2PTPrompt]
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site.attention)
+        self.site = site
+        self.signature = read_signature(base_class(site.attention))
+        self._cached: _CachedRows | None = None
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        num_tokens: int,
+        num_interaction_tokens: int,
+        connector: Connector | None,
+        init: PromptInitializer,
+    ) -> None:
+        """
+        Adds prompts for an adapter.
+
+        Args:
+            adapter_name (`str`):
+                Name of the adapter.
+            num_tokens (`int`):
+                Number of prompt vectors of the layer's own width.
+            num_interaction_tokens (`int`):
+                Number of interaction prompts, which the connector projects to this width.
+            connector ([`~peft_m2pt.anatomy.sites.Connector`], *optional*):
+                The connector, if there are interaction prompts.
+            init ([`~peft_m2pt.layers.initializer.PromptInitializer`]):
+                Makes the prompts.
+        """
+        if num_tokens > 0:
+            self.m2pt_prompt[adapter_name] = init.make_prompt(num_tokens, self.site, dtype_of(self.base_layer))
+        if num_interaction_tokens > 0:
+            self.site = replace(self.site, connector=connector)
+            num_rows = num_interaction_tokens * connector.rows_per_token
+            prompt = init.make_prompt(num_rows, connector, dtype_of(self.base_layer))
+            self.m2pt_interaction[adapter_name] = prompt
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the adapted module so that its tokens also attend to the prompts of the active adapters."""
+        adapters, base_layer = self._adapters_in_use(), self.base_layer
+        if not adapters:
+            if self.site.kind == "textual":
+                cache_first_tokens(base_layer, self.site.path, self.signature, args, kwargs)
+            return base_layer.call_without_adapters(*args, **kwargs)
+        extend_attention_function(base_layer, self.site.path)
+        arguments = self.signature.bind(args, kwargs)
+        check_call(self.signature, arguments, base_layer, self.site.path)
+        # Packed images share one set of prompt rows, even if attention is computed image by image.
+        is_packed = self.signature.find(Role.BOUNDARIES, arguments) is not None
+        record = None if is_packed else partial(self._rows, adapters, arguments)
+        rows = self._rows(adapters, arguments, 0)
+        call = partial(base_layer.call_without_adapters, *args, **kwargs)
+        return attend_with_prompts(base_layer, self.site.path, rows, record, call)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the module has prompts of an adapter in use."""
+        return bool(self._adapters_in_use())
+
+    def _adapters_in_use(self) -> list[str]:
+        if self.disable_adapters:
+            return []
+        samples = sample_adapters()
+        return self._adapters(self.active_adapters if samples is None else list(dict.fromkeys(samples.names)))
+
+    def describe_weight(self, layer_name: str, name: str) -> str:
+        kind = "interaction" if layer_name == "m2pt_interaction" else self.site.kind
+        prefix = "scale of the " if name == "scale" else ""
+        return f"{prefix}{kind} prompt of layer {self.site.layer}"
+
+    def _rows(
+        self, adapters: list[str], arguments: dict[str, Any], call: int
+    ) -> PromptKV | list[PromptKV | None] | None:
+        """
+        Returns keys and values of the prompts for the n-th call of the attention function: one for all samples, a
+        batch, or a list where sequences or images are packed.
+
+        Decoding one token at a time reuses those of the previous step. The first call with a cache recomputes them, as
+        do calls with many tokens, where that is cheap.
+        """
+        samples = sample_adapters()
+        cache = None if torch.is_grad_enabled() else self.signature.find(Role.CACHE, arguments)
+        if call > 0 or cache is None:
+            # Modules rarely call the function more than once, so the rows of later calls are not cached.
+            if call == 0:
+                self._drop_cached_rows()
+            return self._record_all(adapters, samples, arguments, self._first_tokens(arguments), call)
+        tokens = arguments[self.signature.input_name]
+        batch = None if samples is None else (samples, len(tokens))
+        key = (tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type), batch, *adapters)
+        cached = self._cached
+        reusable = cached is not None and tokens.shape[-2] == 1 and cached.are_valid_for(cache, key)
+        if reusable and cached.first is not None:
+            reusable = cached.first is first_tokens_in_cache(self.base_layer, cache)
+        if reusable and (cached.first is None or cached.first.count == 1 or torch.compiler.is_compiling()):
+            return cached.rows
+        first = self._first_tokens(arguments)
+        if reusable and cached.first is first:
+            return cached.rows
+        rows = self._record_all(adapters, samples, arguments, first, call)
+        fits_next_token = first is None or (first.by_token is None and first.is_complete)
+        if torch.compiler.is_compiling() or not fits_next_token:
+            self._drop_cached_rows()
+        else:
+            self._cached = _CachedRows(rows, first, cache, key, self._sources(adapters))
+        return rows
+
+    def _first_tokens(self, arguments: dict[str, Any]) -> FirstTokens | None:
+        """Where the sequences start that prompts are put in front of. `None` for prompts without positions."""
+        if self.site.kind == "visual":
+            return None
+        return find_first_tokens(self.base_layer, self.site.path, self.signature, arguments)
+
+    def _record_all(
+        self,
+        adapters: list[str],
+        samples: SampleAdapters | None,
+        arguments: dict[str, Any],
+        first: FirstTokens | None,
+        call: int,
+    ) -> PromptKV | list[PromptKV | None] | None:
+        if samples is None:
+            return assign_prompt_kv(
+                {None: self._record(adapters, arguments, first, call)}, None, first, is_packed=False
+            )
+        boundaries = self.signature.find(Role.BOUNDARIES, arguments)
+        num_parts = len(arguments[self.signature.input_name]) if boundaries is None else len(boundaries) - 1
+        is_textual = self.site.kind == "textual"
+        names = samples.for_rows(num_parts) if is_textual else samples.for_images(num_parts, self.site.path)
+        rows = {name: self._record([name], arguments, first, call) for name in adapters}
+        return assign_prompt_kv(rows, names, first, is_packed=boundaries is not None)
+
+    def _drop_cached_rows(self) -> None:
+        if self._cached is not None:
+            self._cached = None
+
+    def _sources(self, adapters: Sequence[str]) -> list[nn.Module]:
+        """The modules whose weights determine keys and values of the prompts."""
+        modules = list(base_modules(self.base_layer))
+        for name in self.site.norms:
+            modules += getattr(self.site.block, name).modules()
+        for name in adapters:
+            modules += [prompts[name] for prompts in (self.m2pt_prompt, self.m2pt_interaction) if name in prompts]
+        if self.site.connector is not None:
+            modules += self.site.connector.module.modules()
+        return modules
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_cached_rows()
+        super().set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._drop_cached_rows()
+        super().delete_adapter(adapter_name)
+
+    def _record(
+        self, adapters: Sequence[str], arguments: dict[str, Any], first: FirstTokens | None, call: int
+    ) -> PromptKV:
+        """Makes the adapted module compute keys and values of prompts, once for each start."""
+        tokens = arguments[self.signature.input_name]
+        prompts = [self._prompt(name, tokens) for name in adapters]
+        hidden_states = self.site.normed(torch.cat(prompts)).to(tokens.dtype)
+        lengths = tuple(len(prompt) for prompt in prompts) if self.site.kind == "textual" else None
+        arguments = prompt_arguments(self.signature, arguments, hidden_states, lengths, self.site.rotary, first)
+        shape = (1 if first is None else first.count, len(hidden_states))
+        return record_prompt_kv(self.base_layer, self.site.path, arguments, shape, call)
+
+    def _prompt(self, adapter_name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """The prompt rows of an adapter, [P ; f_in(V)], on the device and in the dtype of the tokens."""
+        rows = []
+        if adapter_name in self.m2pt_prompt:
+            rows.append(self.m2pt_prompt[adapter_name]().to(tokens))
+        if adapter_name in self.m2pt_interaction:
+            interaction = self.m2pt_interaction[adapter_name]()
+            rows.append(project(self.site.connector, interaction, adapter_name).to(tokens))
+        return torch.cat(rows)
+
+    def _device_for(self, layer_name: str) -> torch.device | None:
+        # Interaction prompts enter the connector first, which may be on another device than the layer.
+        is_interaction = layer_name == "m2pt_interaction" and self.site.connector is not None
+        return device_of(self.site.connector.module) if is_interaction else super()._device_for(layer_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+
+class _CachedRows:
+    """Prompt rows for one KV cache, valid until one of the weights changes that they were computed from."""
+
+    def __init__(
+        self,
+        rows: PromptKV | list[PromptKV | None] | None,
+        first: FirstTokens | None,
+        cache: Any,
+        key: tuple[Any, ...],
+        sources: Sequence[nn.Module],
+    ) -> None:
+        self.rows = rows
+        self.first = first
+        self.cache = weakref.ref(cache)
+        self.key = key
+        self.weights = [
+            (tensors, name, weight, _version(weight), _pointer(weight))
+            for module in sources
+            # Quantized layers, such as those of BitNet, GPTQ and AWQ, keep their weights in buffers.
+            for tensors in (module._parameters, module._buffers)
+            for name, weight in tensors.items()
+            if weight is not None
+        ]
+
+    def are_valid_for(self, cache: Any, key: tuple[Any, ...]) -> bool:
+        """Whether the rows can be used for the next token of a cache."""
+        if self.cache() is not cache or self.key != key:
+            return False
+        # A compiled step cannot check weights and reuses the rows unconditionally.
+        return torch.compiler.is_compiling() or self._weights_are_unchanged()
+
+    def _weights_are_unchanged(self) -> bool:
+        # Hot path: once per layer and token.
+        for tensors, name, weight, version, pointer in self.weights:
+            now = tensors[name]
+            if now is not weight:
+                # accelerate replaces offloaded weights by a new meta tensor after each call.
+                if not (now.is_meta and weight.is_meta):
+                    return False
+            elif version is None or now._version != version:
+                return False
+            elif pointer is not None and now.data_ptr() != pointer:
+                return False
+        return True
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    # The meta device has no autocast.
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_on else None
+
+
+def _version(weight: torch.Tensor) -> int | None:
+    # Inference tensors have no version counter.
+    return None if weight.is_inference() else weight._version
+
+
+def _pointer(weight: torch.Tensor) -> int | None:
+    # Subclasses (quantized, sharded) may have no storage of their own.
+    return weight.data_ptr() if type(weight) in (nn.Parameter, torch.Tensor) else None
