@@ -196,7 +196,7 @@ def assistant(answer):
 def sample(*messages):
     number = sum(part["type"] == "image" for message in messages for part in message["content"])
     images = [Image.new("RGB", (20 + 4 * i, 20), (50 * i, 100, 20)) for i in range(number)]
-    return {"index": 7, "messages": list(messages), "images": images}
+    return {"index": 7, "messages": list(messages), "images": images, "videos": []}
 
 
 SAMPLES = {
@@ -247,7 +247,7 @@ def make_collator(examples, template=TEMPLATE, **kwargs):
     end_of_turn = processor.tokenizer.convert_tokens_to_ids("<end>")
     config = GenerationConfig(eos_token_id=[end_of_turn, 1])
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    return examples.answers.AnswerCollator(processor, config, image_token, **kwargs)
+    return examples.answers.AnswerCollator(processor, config, {"image": image_token}, **kwargs)
 
 
 def labelled_runs(batch, row):
@@ -764,7 +764,7 @@ class TestOptions:
     def test_streaming_needs_max_steps(self, examples, folder, tmp_path):
         _, data, _, run = parse(examples, *NEEDED, "--streaming", "--output_dir", tmp_path, "--use_cpu")
         with pytest.raises(ValueError, match="streaming=True needs max_steps, since nobody knows how many samples"):
-            examples.train.load_data(data, run, data.image_reader(tmp_path / "bad.jsonl"))
+            examples.train.load_data(data, run, data.image_reader(tmp_path / "bad.jsonl", ["image"]))
 
     def test_checkpoints(self, examples, tmp_path):
         def find(*arguments):
