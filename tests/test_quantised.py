@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import IMAGE_TOKEN, PAD_TOKEN, VOCAB_SIZE, adapt, make_config, make_inputs, trained_by, without_labels
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from test_train import draw, import_examples, make_model, make_processor, run_here
+from shapes import draw, import_examples, make_model, make_processor, run_here
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForImageTextToText,

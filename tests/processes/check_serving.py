@@ -20,7 +20,7 @@ from models import adapt
 from packaging.version import Version
 from peft import PeftModel
 from PIL import Image
-from test_train import IMAGE_SIZE, make_model, make_processor
+from shapes import IMAGE_SIZE, make_model, make_processor
 from transformers import LlavaForConditionalGeneration
 
 import peft_m2pt
