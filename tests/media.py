@@ -10,6 +10,7 @@ from PIL import Image
 from shapes import COLOURS, IMAGE_SIZE, TEMPLATE, make_processor
 
 
+IMAGES = ["several images", "later turns", "text"]
 # Writes videos as it writes images.
 VIDEO_TEMPLATE = TEMPLATE.replace(
     "'<image>\n' if part['type'] == 'image' else part['text']",
@@ -134,11 +135,10 @@ def idefics3():
 
 def mllama():
     """Images are looked at by layers of their own. All samples of a batch have some, or none has."""
-    tokenizer = make_tokenizer("<|image|>")
+    tokenizer = make_tokenizer()
     tokenizer.bos_token = "<end>"
-    template = TEMPLATE.replace("<image>\n", "<|image|>")
     image_processor = tr.MllamaImageProcessorPil(size=SIZE, max_image_tiles=2)
-    processor = tr.MllamaProcessor(image_processor, tokenizer, chat_template="{{ bos_token }}" + template)
+    processor = tr.MllamaProcessor(image_processor, tokenizer, chat_template="{{ bos_token }}" + TEMPLATE)
     config = tr.MllamaConfig(
         vision_config=tr.MllamaVisionConfig(
             hidden_size=32,

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from media import (
+    IMAGES,
     VIDEO_TEMPLATE,
     answers_in,
     answers_of,
@@ -44,9 +45,6 @@ def train(examples, monkeypatch, folder, family, kinds, **options):
             **options,
         },
     )
-
-
-IMAGES = ["several images", "later turns", "text"]
 
 
 @pytest.mark.parametrize(
