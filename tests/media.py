@@ -43,16 +43,18 @@ def make_rows(folder, kinds, number=12):
     folder.mkdir()
     for i, colour in enumerate(COLOURS.values()):
         Image.new("RGB", (20 + 4 * i, 18), colour).save(folder / f"{i}.png")
+        Image.new("RGB", (20, 18), colour).save(folder / f"frame-{i}.png")
     names = list(COLOURS)
     rows = []
     for i in range(number):
         first, second = i % 4, (i + 1 + i // 4) % 4
         files = [f"{first}.png", f"{second}.png"]
+        frames = [f"frame-{i}.png" for i in (first, first, second, second)]
         questions, show = {
             "several images": (["<image> and <image>\nWhich colour is it?"], {"images": files}),
             "later turns": (["<image>\nWhich colour is it?", "And <image>?", "Is it red?"], {"images": files}),
             "text": (["Is it red?"], {}),
-            "frames": (["<video>\nWhich colour is it?"], {"videos": [[files[0]] * 2 + [files[1]] * 2]}),
+            "frames": (["<video>\nWhich colour is it?"], {"videos": [frames]}),
         }[kinds[i % len(kinds)]]
         turns = [
             turn

@@ -42,6 +42,7 @@ def train(examples, monkeypatch, folder, family, kinds, **options):
             "image_folder": folder / "data",
             "eval_size": 4,
             "gradient_checkpointing": True,
+            "num_visual_tokens": 3,
             **options,
         },
     )
@@ -144,7 +145,7 @@ class TestVideos:
         """The adapter gets videos and nothing else, and the answers that are scored are to them."""
         processor = onevision()[2]
         monkeypatch.setattr(examples.train, "load_processor", lambda arguments, config: processor)
-        results = train(examples, monkeypatch, tmp_path, onevision, VIDEOS, num_visual_tokens=3, max_new_tokens=2)
+        results = train(examples, monkeypatch, tmp_path, onevision, VIDEOS, max_new_tokens=2)
         assert results["eval_num_answers"] == 4
         base = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "model")
         model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -224,7 +225,7 @@ class TestVideos:
             ):
                 read(examples, tmp_path / "data", [], [row])
         reader = examples.conversations.ImageReader(tmp_path / "data", "skip", tmp_path / "bad.jsonl")
-        assert [one["index"] for one in examples.conversations.Conversations(rows, reader)][:1] == [2]
+        assert examples.conversations.Conversations(rows, reader)[0]["index"] == 2
         assert [report["id"] for report in reader.reports()] == ["missing", "bad frame"]
         assert all("video" in report for report in reader.reports())
 
@@ -241,12 +242,28 @@ class TestRefusals:
             next(iter(examples.conversations.StreamedConversations(rows, reader)))
 
     def test_batches_that_the_processor_does_not_make(self, examples, tmp_path):
+        class OneImage(LlavaProcessor):
+            def __call__(self, images=None, text=None, **kwargs):
+                if any(len(shown) > 1 for shown in images):
+                    raise TypeError("one image for each text")
+                return super().__call__(images=images, text=text, **kwargs)
+
+        processor = make_processor()
+        processor.__class__ = OneImage
         samples = read(examples, tmp_path / "data", ["several images", "text"])[:2]
-        with pytest.raises(ValueError, match=r"MllamaProcessor.*so many images and videos, \[\(2, 0\), \(0, 0\)\]: "):
-            collate(examples, mllama()[2], samples)
+        message = r"OneImage.*so many images and videos, \[\(2, 0\), \(0, 0\)\]: one image for each text"
+        with pytest.raises(ValueError, match=message):
+            collate(examples, processor, samples)
 
     def test_templates_that_leave_images_out(self, examples, tmp_path):
+        """Where the processor does not notice."""
+
+        class LooksAway(LlavaProcessor):
+            def __call__(self, images=None, text=None, **kwargs):
+                return super().__call__(text=text, **kwargs)
+
         processor = make_processor(TEMPLATE.replace("'<image>\n' if", "'' if"))
+        processor.__class__ = LooksAway
         samples = read(examples, tmp_path / "data", ["several images"])
         with pytest.raises(ValueError, match="template of this model leaves images out. Set chat_template to another"):
             collate(examples, processor, samples[:1], image=processor.image_token_id)
