@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_
 from peft_m2pt import M2PTConfig, get_parameter_groups
 
 
-def train(name: str, data: str, output: str, epochs: int = 3, batch_size: int = 8, learning_rate: float = 3e-3) -> None:
+def train(name: str, data: str, output: str, epochs: int = 3, batch_size: int = 8, rate: float = 3e-3) -> None:
     accelerator = Accelerator()
     set_seed(0)
     processor = AutoProcessor.from_pretrained(name)
@@ -33,7 +33,7 @@ def train(name: str, data: str, output: str, epochs: int = 3, batch_size: int = 
     rows = Conversations(load(data, "train", streaming=False), reader)
     collator = AnswerCollator(processor, model.generation_config)
     loader = DataLoader(rows, batch_size=batch_size, shuffle=True, collate_fn=collator)
-    optimizer = torch.optim.AdamW(get_parameter_groups(model, lr=learning_rate))
+    optimizer = torch.optim.AdamW(get_parameter_groups(model, lr=rate))
     steps = epochs * len(loader)
     scheduler = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)

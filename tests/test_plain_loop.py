@@ -21,7 +21,7 @@ def test_plain_loop(monkeypatch, tmp_path, capsys):
     processor.save_pretrained(tmp_path / "model")
     make_model(processor).save_pretrained(tmp_path / "model")
     data = str(tmp_path / "data/annotation.json")
-    plain_loop.train(str(tmp_path / "model"), data, str(tmp_path / "adapter"), epochs=2, learning_rate=3e-2)
+    plain_loop.train(str(tmp_path / "model"), data, str(tmp_path / "adapter"), epochs=2, rate=3e-2)
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)]
     assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
 
