@@ -1,6 +1,6 @@
 """
-examples/train.py on videos, with processors of transformers, in an environment of the tests with torchvision, torchcodec
-and av: PYTHONPATH=.:tests python -m pytest tests/processes/check_video.py
+examples/train.py on videos, with processors of transformers, in an environment of the tests with torchvision,
+torchcodec and av: PYTHONPATH=.:tests python -m pytest tests/processes/check_video.py
 """
 
 import media
