@@ -8,7 +8,7 @@ VERSIONS := lowest middle newest main
 # One process of tests for each core, and the tests of a file in one of them, since they share models.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving models style lint clean
+.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-axolotl models style lint clean
 
 # In an environment of its own, with nothing but what the examples need.
 quickstart: $(VENV)-quickstart/installed
@@ -50,6 +50,10 @@ test-deepspeed: $(VENV)-deepspeed/installed
 # Starts the server of transformers on loopback, and asks it with the client of OpenAI.
 test-serving: $(VENV)-serving/installed
 	$(VENV)-serving/bin/python -m pytest tests/processes/check_serving.py $(ARGS)
+
+# Trains with `axolotl train`. axolotl 0.21 needs Python 3.12: make test-axolotl PYTHON=python3.12
+test-axolotl: $(VENV)-axolotl/installed
+	PYTHONPATH=tests $(VENV)-axolotl/bin/python -m pytest tests/processes/check_axolotl.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -95,6 +99,16 @@ $(VENV)-serving/installed: pyproject.toml constraints.txt
 	$(VENV)-serving/bin/python -m pip install --quiet --constraint constraints.txt --group serving --editable .
 	touch $@
 
+# Without most of its dependencies, which are for GPUs or for what is not tried here and take many gigabytes.
+$(VENV)-axolotl/installed: pyproject.toml constraints-axolotl.txt
+	$(PYTHON) -m venv $(VENV)-axolotl
+	$(VENV)-axolotl/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-axolotl/bin/python -m pip install --quiet --constraint constraints-axolotl.txt --group axolotl --editable .
+	$(VENV)-axolotl/bin/python -m pip install --quiet --no-deps --constraint constraints-axolotl.txt \
+		axolotl axolotl-contribs-lgpl axolotl-contribs-mit
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving
+	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving \
+		$(VENV)-axolotl
 	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

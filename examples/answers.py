@@ -30,10 +30,6 @@ def text_of(message: dict[str, Any]) -> str:
     return next((part["text"] for part in reversed(message["content"]) if part["type"] == "text"), "")
 
 
-def num_images(messages: list[dict[str, Any]]) -> int:
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
-
-
 class AnswerCollator:
     """
     Encodes conversations with the chat template of a processor.
@@ -47,8 +43,8 @@ class AnswerCollator:
             The processor.
         generation_config (`GenerationConfig`):
             Says which tokens end an answer.
-        image_token_id (`int`, *optional*):
-            The placeholder for images in the tokens.
+        placeholders (`dict[str, int]`, *optional*):
+            The tokens that stand for an "image" and a "video".
         max_length (`int`, *optional*):
             Cuts batches for training to this length.
 
@@ -60,12 +56,12 @@ class AnswerCollator:
         self,
         processor: ProcessorMixin,
         generation_config: GenerationConfig,
-        image_token_id: int | None = None,
+        placeholders: dict[str, int] | None = None,
         max_length: int | None = None,
     ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.image_token_id = image_token_id
+        self.placeholders = placeholders or {}
         self.max_length = max_length
         if processor.chat_template is None:
             raise ValueError(f"The {type(processor).__name__} of this model has no chat template. Set chat_template.")
@@ -83,11 +79,11 @@ class AnswerCollator:
     def __call__(self, samples: list[dict[str, Any]]) -> BatchFeature:
         if samples[0]["messages"][-1]["role"] != "assistant":
             prompts = [self.render(sample["messages"], add_generation_prompt=True) for sample in samples]
-            batch = self.encode(prompts, [sample["images"] for sample in samples], padding_side="left")
+            batch = self.encode(prompts, samples, padding_side="left")
             batch["index"] = torch.tensor([sample["index"] for sample in samples])
             return batch
         texts = [self.render(sample["messages"]) for sample in samples]
-        batch = self.encode(texts, [sample["images"] for sample in samples], padding_side="right")
+        batch = self.encode(texts, samples, padding_side="right")
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         for i, (sample, text) in enumerate(zip(samples, texts)):
             tokens = batch["input_ids"][i, : batch["attention_mask"][i].sum()].tolist()
@@ -105,16 +101,38 @@ class AnswerCollator:
         ]
         return self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
 
-    def encode(self, texts: list[str], images: list[list[Any]], padding_side: str) -> BatchFeature:
-        """Turns texts and the images of each into a batch."""
-        return self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side=padding_side,
-            return_tensors="pt",
-            add_special_tokens=self.adds_special_tokens(texts[0]),
-        )
+    def encode(self, texts: list[str], samples: list[dict[str, Any]], padding_side: str) -> BatchFeature:
+        """
+        Turns texts into a batch, with the images and videos of their samples.
+
+        Raises:
+            ValueError: If the processor does not take as many of them, or the chat template leaves some out.
+        """
+        images = [sample["images"] for sample in samples]
+        videos = [video for sample in samples for video in sample["videos"]]
+        try:
+            batch = self.processor(
+                text=texts,
+                images=images if any(images) else None,
+                **({"videos": videos} if videos else {}),
+                padding=True,
+                padding_side=padding_side,
+                return_tensors="pt",
+                add_special_tokens=self.adds_special_tokens(texts[0]),
+            )
+        except Exception as error:
+            numbers = [(len(sample["images"]), len(sample["videos"])) for sample in samples]
+            raise ValueError(
+                f"The {type(self.processor).__name__} of this model makes no batch of samples with so many images and "
+                f"videos, {numbers}: {error}"
+            ) from error
+        for sample, tokens in zip(samples, batch["input_ids"]):
+            for kind, token in self.placeholders.items():
+                if sample[f"{kind}s"] and not (tokens == token).any():
+                    raise ValueError(
+                        f"The chat template of this model leaves {kind}s out. Set chat_template to another one."
+                    )
+        return batch
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer has to begin a text, as most templates do themselves."""
@@ -144,6 +162,7 @@ class AnswerCollator:
             ValueError: If the text is not made of the messages, one after the other.
         """
         messages = sample["messages"]
+        plain = self.tokenize(text)
         place = 0  # in the text, behind the messages so far
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -152,9 +171,11 @@ class AnswerCollator:
                 prompt = prompt[: common_length(prompt, text)]
                 self.check(len(prompt) >= place, text)
                 place = len(prompt)
-                start = self.count_tokens(prompt, sample["images"][: num_images(messages[:i])], text, tokens)
+                plain_start = common_length(self.tokenize(prompt), plain)
+                start = self.count_tokens(prompt, sample, messages[i:], plain[plain_start:], tokens)
                 end = next((j for j in range(start, len(tokens)) if tokens[j] in self.end_tokens), None)
                 self.check(end is not None, text)
+                self.check(tokens[start : end + 1] == plain[plain_start : plain_start + end + 1 - start], text)
                 yield start, end + 1
             found = text.find(text_of(message), place)
             self.check(found >= 0, text)
@@ -167,25 +188,29 @@ class AnswerCollator:
                 f"answers cannot be found in what it writes: {text!r}. Set chat_template to another one."
             )
 
-    def count_tokens(self, prompt: str, images: list[Any], text: str, tokens: list[int]) -> int:
-        """Returns how many of the tokens of a conversation belong to the part in front of an answer."""
+    def count_tokens(
+        self, prompt: str, sample: dict[str, Any], later: list[dict[str, Any]], rest: list[int], tokens: list[int]
+    ) -> int:
+        """Returns how many of the tokens of a conversation belong to the prompt in front of an answer."""
         # Behind the last image, the tokens of the processor are those of the tokenizer, so count from the end.
-        plain = self.tokenize(text)
-        rest = plain[common_length(self.tokenize(prompt), plain) :]
         if tokens[-len(rest) :] == rest:
             return len(tokens) - len(rest)
-        encoded = self.encode([prompt], [images], padding_side="right")["input_ids"][0].tolist()
-        return common_length(encoded, tokens)
+        # How many tokens an image takes may depend on how many there are, so those of later turns are shown too.
+        content = [part for message in later for part in message["content"] if part["type"] != "text"]
+        prompt += self.render([{"role": "user", "content": content}])
+        return common_length(self.encode([prompt], [sample], padding_side="right")["input_ids"][0].tolist(), tokens)
 
     def cut(self, batch: BatchFeature) -> BatchFeature:
         """Cuts a batch to the greatest length."""
         shape = batch["input_ids"].shape
         behind = batch["input_ids"][:, self.max_length :]
-        if self.image_token_id is not None and (behind == self.image_token_id).any():
-            raise ValueError(
-                f"max_length={self.max_length} cuts an image apart, in a batch of {shape[1]} tokens, those of images "
-                f"included. Set a higher one."
-            )
+        for kind, token in self.placeholders.items():
+            if (behind == token).any():
+                what = "an image" if kind == "image" else "a video"
+                raise ValueError(
+                    f"max_length={self.max_length} cuts {what} apart, in a batch of {shape[1]} tokens, those of "
+                    f"{kind}s included. Set a higher one."
+                )
         for name, value in batch.items():
             if value.shape[:2] == shape:
                 batch[name] = value[:, : self.max_length]

@@ -1,21 +1,23 @@
 """
-Conversations about images, in the layout of LLaVA and Vision-Flan, from JSON, JSON Lines, parquet or the Hub:
+Conversations about images and videos, in the layout of LLaVA and Vision-Flan, from JSON, JSON Lines, parquet or the
+Hub:
 
     {"id": "1", "image": "shapes/1.png", "task_name": "colour", "conversations": [
         {"from": "human", "value": "<image>\\nWhich colour is it?"}, {"from": "gpt", "value": "Red."}]}
 
 "task_name" (or "task") is only for the scores. "image" is a path in the image folder, an image in the file itself, or
-a list of them (also as "images"), one for each "<image>"; without one, the sample is text only. Images are read when
-their sample is needed.
+a list of them (also as "images"), one for each "<image>", in whichever turn. "video" is the path of a video, or a list
+of images, its frames; "videos" is a list of videos, one for each "<video>". Without any, the sample is text only.
+Images are read when their sample is needed.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -24,12 +26,13 @@ from typing import Any
 import datasets
 import torch
 from PIL import Image
+from transformers import ProcessorMixin
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 BAD_IMAGES = ("error", "skip")
-MARKER = "<image>"
+MARKERS = {"<image>": "image", "<video>": "video"}
 # So many bad images in a row are no accident.
 MAX_BAD_IN_A_ROW = 100
 TOO_MANY_BAD = "No image of many samples in a row can be read. Is image_folder right? See {report}."
@@ -86,6 +89,16 @@ def images_of(row: dict[str, Any]) -> list[Any]:
     return images if isinstance(images, list) else [] if images is None else [images]
 
 
+def videos_of(row: dict[str, Any]) -> list[Any]:
+    """Returns the videos of a row, each of which is a path or a list of frames."""
+    return row.get("videos") or [] if row.get("video") is None else [row["video"]]
+
+
+def kinds_of(processor: ProcessorMixin) -> list[str]:
+    """Returns what a processor takes beside text: "image", "video" or both."""
+    return [kind for kind in MARKERS.values() if getattr(processor, f"{kind}_processor", None) is not None]
+
+
 def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """
     Returns the conversation of a row as chat templates take it.
@@ -102,36 +115,50 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
         if turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
             raise ValueError(f"{name} has the turn {turn}: it needs a 'from', one of {list(ROLES)}, and a 'value'.")
         role = ROLES[turn["from"]]
-        first, *others = turn["value"].split(MARKER)
-        if others and role != "user":
-            raise ValueError(f"{name} has {MARKER} in a turn of {turn['from']!r}, but only users show images.")
-        parts = [("text", first), *itertools.chain(*((("image", None), ("text", text)) for text in others))]
         content = [
-            {"type": kind, "text": text.strip()} if kind == "text" else {"type": kind}
-            for kind, text in parts
-            if kind == "image" or text.strip()
+            {"type": MARKERS[part]} if part in MARKERS else {"type": "text", "text": part.strip()}
+            for part in re.split("(" + "|".join(MARKERS) + ")", turn["value"])
+            if part in MARKERS or part.strip()
         ]
+        shown = {part["type"] for part in content} - {"text"}
+        if shown and role != "user":
+            raise ValueError(
+                f"{name} has <{shown.pop()}> in a turn of {turn['from']!r}, but only users show images and videos."
+            )
         messages.append({"role": role, "content": content})
-    return checked(messages, len(images_of(row)), name)
+    return checked(messages, {"image": len(images_of(row)), "video": len(videos_of(row))}, name)
 
 
-def checked(messages: list[dict[str, Any]], num_images: int, name: str) -> list[dict[str, Any]]:
-    """Checks that users and assistants take turns, and that each image has its place."""
+def checked(messages: list[dict[str, Any]], numbers: dict[str, int], name: str) -> list[dict[str, Any]]:
+    """Checks that users and assistants take turns, and that each image and video has its place."""
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(f"{name} has turns of {roles}, but questions and answers must alternate, the answer last.")
-    num_markers = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if num_markers == 0:
-        question = next(message for message in messages if message["role"] == "user")
-        question["content"][:0] = [{"type": "image"}] * num_images
-    elif num_markers != num_images:
-        raise ValueError(f"{name} has {num_markers} {MARKER} in its text, but {num_images} images.")
+    for kind, number in numbers.items():
+        num_markers = sum(part["type"] == kind for message in messages for part in message["content"])
+        if num_markers == 0:
+            question = next(message for message in messages if message["role"] == "user")
+            question["content"][:0] = [{"type": kind}] * number
+        elif num_markers != number:
+            raise ValueError(f"{name} has {num_markers} <{kind}> in its text, but {number} {kind}s.")
     return messages
+
+
+def open_image(place: Path | io.BytesIO) -> Image.Image:
+    return Image.open(place).convert("RGB")
+
+
+def open_video(place: Path | list[Path | io.BytesIO]) -> str | list[Image.Image]:
+    """Returns a video as processors take it: frames, or a path, of which the processor chooses frames itself."""
+    if isinstance(place, list):
+        return [open_image(frame) for frame in place]
+    place.open("rb").close()  # It is read later, but should be found now.
+    return str(place)
 
 
 class ImageReader:
     """
-    Reads the images of rows.
+    Reads the images of rows, and finds their videos.
 
     Args:
         folder (`Path`, *optional*):
@@ -140,12 +167,15 @@ class ImageReader:
             What happens to a sample with an image that cannot be read: "error" stops, "skip" takes the next one.
         report (`Path`):
             A file for a line of JSON about each image that was skipped, by this process or another.
+        kinds (`list[str]`, *optional*):
+            What the model takes, see [`kinds_of`]. By default, images and videos.
     """
 
-    def __init__(self, folder: Path | None, bad_images: str, report: Path) -> None:
+    def __init__(self, folder: Path | None, bad_images: str, report: Path, kinds: list[str] | None = None) -> None:
         self.folder = None if folder is None else folder.absolute()
         self.bad_images = bad_images
         self.report = report
+        self.kinds = list(MARKERS.values()) if kinds is None else kinds
         self.reported: set[str] = set()
 
     def locate(self, image: Any, row: dict[str, Any]) -> Path | io.BytesIO:
@@ -161,29 +191,65 @@ class ImageReader:
             raise ValueError(f"sample {row.get('id')!r} has the image {path!r}, which is outside of {self.folder}.")
         return place
 
-    def read(self, row: dict[str, Any]) -> list[Image.Image] | None:
-        """Returns the images of a row, or `None` if one of them is bad and such samples are to be skipped."""
-        images = []
-        for place in [self.locate(image, row) for image in images_of(row)]:
-            try:
-                images.append(Image.open(place).convert("RGB"))
-            except Exception as error:  # Broken files make Pillow raise almost anything.
-                self.report_bad(row, place, error)
-                return None
-        return images
+    def locate_all(self, row: dict[str, Any]) -> dict[str, list[Any]]:
+        """
+        Returns what to open for the images and the videos of a row.
 
-    def report_bad(self, row: dict[str, Any], place: Path | io.BytesIO, error: Exception) -> None:
-        name = str(place) if isinstance(place, Path) else "in the row itself"
+        Raises:
+            ValueError: If a path leads out of the folder, or if the model does not take such samples.
+        """
+        videos = videos_of(row)
+        for video in videos:
+            if not isinstance(video, str | list):
+                raise ValueError(
+                    f"sample {row.get('id')!r} has a video that is neither a path nor a list of frames, but a "
+                    f"{type(video).__name__}."
+                )
+        places = {
+            "image": [self.locate(image, row) for image in images_of(row)],
+            "video": [
+                [self.locate(frame, row) for frame in video] if isinstance(video, list) else self.locate(video, row)
+                for video in videos
+            ],
+        }
+        for kind, found in places.items():
+            if found and kind not in self.kinds:
+                raise ValueError(
+                    f"sample {row.get('id')!r} has {kind}s, which the processor of this model does not take. Leave "
+                    f"such samples out, or choose another model."
+                )
+        return places
+
+    def read(self, row: dict[str, Any]) -> dict[str, list[Any]] | None:
+        """
+        Returns the images and videos of a row, or `None` if one of them is bad and such samples are to be skipped.
+        Videos in files stay paths, for the processor to choose frames of them.
+        """
+        media = {}
+        for kind, places in self.locate_all(row).items():
+            media[f"{kind}s"] = []
+            for place in places:
+                try:
+                    media[f"{kind}s"].append(open_image(place) if kind == "image" else open_video(place))
+                except Exception as error:  # Broken files make Pillow raise almost anything.
+                    self.report_bad(row, kind, place, error)
+                    return None
+        return media
+
+    def report_bad(self, row: dict[str, Any], kind: str, place: Any, error: Exception) -> None:
+        names = place if isinstance(place, list) else [place]
+        name = ", ".join("in the row itself" if isinstance(name, io.BytesIO) else str(name) for name in names)
         reason = f"{type(error).__name__}: {error}"
         if self.bad_images == "error":
+            what = "an image" if kind == "image" else "a video"
             raise ValueError(
-                f"sample {row.get('id')!r} has an image that cannot be read, {name} ({reason}). Mend it, or set "
+                f"sample {row.get('id')!r} has {what} that cannot be read, {name} ({reason}). Mend it, or set "
                 f"bad_images=skip to go on without such samples."
             ) from error
-        line = json.dumps({"id": row.get("id"), "image": name, "reason": reason})
+        line = json.dumps({"id": row.get("id"), kind: name, "reason": reason})
         if line not in self.reported:
             self.reported.add(line)
-            logger.warning("Skipped sample %r: its image cannot be read, %s (%s).", row.get("id"), name, reason)
+            logger.warning("Skipped sample %r: its %s cannot be read, %s (%s).", row.get("id"), kind, name, reason)
             with self.report.open("a") as file:
                 file.write(line + "\n")
 
@@ -195,8 +261,8 @@ class ImageReader:
 
 class Conversations(torch.utils.data.Dataset):
     """
-    Samples with `messages` and their `images`. One that cannot be read is replaced by the next one that can, so that
-    batches and their number stay as they are.
+    Samples with `messages`, their `images` and `videos`. One that cannot be read is replaced by the next one that can,
+    so that batches and their number stay as they are.
 
     Args:
         rows (`datasets.Dataset` or `list[dict]`):
@@ -220,8 +286,7 @@ class Conversations(torch.utils.data.Dataset):
         hold_images = any(isinstance(image, dict) for image in images_of(rows[0]))
         for row in [] if hold_images else rows:
             messages_of(row)
-            for image in images_of(row):
-                reader.locate(image, row)
+            reader.locate_all(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -230,10 +295,10 @@ class Conversations(torch.utils.data.Dataset):
         for i in range(index, index + min(len(self), MAX_BAD_IN_A_ROW)):
             index = i % len(self)
             row = self.rows[index]
-            images = self.reader.read(row)
-            if images is not None:
+            media = self.reader.read(row)
+            if media is not None:
                 messages = messages_of(row)
-                return {"index": index, "messages": messages[:-1] if self.ask else messages, "images": images}
+                return {"index": index, "messages": messages[:-1] if self.ask else messages, **media}
         raise ValueError(TOO_MANY_BAD.format(report=self.reader.report))
 
     def answer(self, index: int) -> str:
@@ -266,9 +331,9 @@ class StreamedConversations(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         bad_in_a_row = 0
         for row in self.rows:
-            messages, images = messages_of(row), self.reader.read(row)
-            bad_in_a_row = 0 if images is not None else bad_in_a_row + 1
-            if images is not None:
-                yield {"messages": messages, "images": images}
+            messages, media = messages_of(row), self.reader.read(row)
+            bad_in_a_row = 0 if media is not None else bad_in_a_row + 1
+            if media is not None:
+                yield {"messages": messages, **media}
             elif bad_in_a_row == MAX_BAD_IN_A_ROW:
                 raise ValueError(TOO_MANY_BAD.format(report=self.reader.report))

@@ -1,5 +1,5 @@
 """
-Tunes multimodal prompts on your own conversations about images.
+Tunes multimodal prompts on your own conversations about images and videos.
 
     python examples/train.py examples/train.yaml --train_data my.json --output_dir my-adapter
 
@@ -21,7 +21,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from answers import AnswerCollator, AnsweringTrainer, Scores
-from conversations import BAD_IMAGES, Conversations, ImageReader, StreamedConversations, is_file, load
+from conversations import BAD_IMAGES, Conversations, ImageReader, StreamedConversations, is_file, kinds_of, load
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForImageTextToText,
@@ -82,9 +82,9 @@ class DataArguments:
         if self.bad_images not in BAD_IMAGES:
             raise ValueError(f"bad_images={self.bad_images!r} is unknown. Choose one of {BAD_IMAGES}.")
 
-    def image_reader(self, report: Path) -> ImageReader:
+    def image_reader(self, report: Path, kinds: list[str]) -> ImageReader:
         folder = self.image_folder or (Path(self.train_data).parent if is_file(self.train_data) else None)
-        return ImageReader(folder and Path(folder), self.bad_images, report)
+        return ImageReader(folder and Path(folder), self.bad_images, report, kinds)
 
 
 @dataclass
@@ -238,21 +238,22 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     model_arguments, data_arguments, prompt_arguments, run = parse(sys.argv[1:])
     checkpoint = find_checkpoint(run)
-    reader = data_arguments.image_reader(Path(run.output_dir, "bad_images.jsonl"))
+    config = prompt_arguments.config()
+    processor = load_processor(model_arguments, config)
+    reader = data_arguments.image_reader(Path(run.output_dir, "bad_images.jsonl"), kinds_of(processor))
     if checkpoint is None and run.process_index == 0:
         reader.report.unlink(missing_ok=True)
     set_seed(run.seed)  # for the initial prompts
-    config = prompt_arguments.config()
     train_data, eval_data = load_data(data_arguments, run, reader)
-    processor = load_processor(model_arguments, config)
     model = load_model(model_arguments, config, run)
-    image_token_id = getattr(model.config, "image_token_id", None)
+    placeholders = {kind: getattr(model.config, f"{kind}_token_id", None) for kind in kinds_of(processor)}
+    placeholders = {kind: token for kind, token in placeholders.items() if token is not None}
     trainer = AnsweringTrainer(
         model=model,
         args=run,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=AnswerCollator(processor, model.generation_config, image_token_id, data_arguments.max_length),
+        data_collator=AnswerCollator(processor, model.generation_config, placeholders, data_arguments.max_length),
         processing_class=processor,
         compute_metrics=None if eval_data is None else Scores(eval_data, processor),
         max_new_tokens=data_arguments.max_new_tokens,

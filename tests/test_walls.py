@@ -25,8 +25,9 @@ FLOORS = (
     ("plan",),
     ("model",),
     ("bundles", "convert", "optimizer", "processing"),
+    ("__init__",),
     ("integrations", "tools"),
-    ("__init__", "__main__"),
+    ("__main__",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

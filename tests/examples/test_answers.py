@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 def sample(*messages):
     number = sum(part["type"] == "image" for message in messages for part in message["content"])
     images = [Image.new("RGB", (20 + 4 * i, 20), (50 * i, 100, 20)) for i in range(number)]
-    return {"index": 7, "messages": list(messages), "images": images}
+    return {"index": 7, "messages": list(messages), "images": images, "videos": []}
 
 
 SAMPLES = {

@@ -229,7 +229,7 @@ class TestOptions:
     def test_streaming_needs_max_steps(self, examples, folder, tmp_path):
         _, data, _, run = parse(examples, *NEEDED, "--streaming", "--output_dir", tmp_path, "--use_cpu")
         with pytest.raises(ValueError, match="streaming=True needs max_steps, since nobody knows how many samples"):
-            examples.train.load_data(data, run, data.image_reader(tmp_path / "bad.jsonl"))
+            examples.train.load_data(data, run, data.image_reader(tmp_path / "bad.jsonl", ["image"]))
 
     def test_checkpoints(self, examples, tmp_path):
         def find(*arguments):

@@ -191,4 +191,4 @@ def make_collator(examples, template=TEMPLATE, **kwargs):
     end_of_turn = processor.tokenizer.convert_tokens_to_ids("<end>")
     config = GenerationConfig(eos_token_id=[end_of_turn, 1])
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    return examples.answers.AnswerCollator(processor, config, image_token, **kwargs)
+    return examples.answers.AnswerCollator(processor, config, {"image": image_token}, **kwargs)

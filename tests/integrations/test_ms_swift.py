@@ -1,8 +1,6 @@
 """The plugin for ms-swift, at the level of its class: ms-swift itself asks for another version of PEFT."""
 
-import runpy
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,8 +8,7 @@ import torch
 from helpers.models import make_inputs, make_llava, trained_by, without_labels
 from peft import PeftModel
 
-
-PLUGIN = Path(__file__).parents[2] / "examples" / "ms_swift_plugin.py"
+from peft_m2pt import M2PTConfig
 
 
 class PeftTuner:
@@ -34,13 +31,17 @@ def tuner(monkeypatch):
     module.PeftTuner, module.tuners_map = PeftTuner, {}
     monkeypatch.setitem(sys.modules, "swift", ModuleType("swift"))
     monkeypatch.setitem(sys.modules, "swift.tuner_plugin", module)
-    runpy.run_path(str(PLUGIN))
+    monkeypatch.delitem(sys.modules, "peft_m2pt.integrations.ms_swift", raising=False)
+    from peft_m2pt.integrations.ms_swift import register
+
+    register(M2PTConfig(num_visual_tokens=4, num_textual_tokens=3))
     return module.tuners_map["m2pt"]
 
 
 def test_plugin(tuner, tmp_path):
     model = tuner.prepare_model(None, make_llava())
     assert len(trained_by(model)) == 10
+    assert model.peft_config["default"].num_visual_tokens == 4
     assert all(("m2pt_" in name) == parameter.requires_grad for name, parameter in model.named_parameters())
     tuner.save_pretrained(model, tmp_path, state_dict={})
     for kwargs in ({}, {"is_trainable": True}, {"adapter_name": "ref_adapter", "is_trainable": True}):
