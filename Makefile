@@ -8,7 +8,7 @@ VERSIONS := lowest middle newest main
 # One process of tests for each core, and the tests of a file in one of them, since they share models.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving models style lint clean
+.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-harnesses models style lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -51,6 +51,10 @@ test-deepspeed: $(VENV)-deepspeed/installed
 test-serving: $(VENV)-serving/installed
 	$(VENV)-serving/bin/python -m pytest tests/processes/check_serving.py $(ARGS)
 
+# Runs the real lm-eval and lmms-eval, on generated data.
+test-harnesses: $(VENV)-harnesses/installed
+	HF_HUB_OFFLINE=1 $(VENV)-harnesses/bin/python -m pytest tests/processes/check_harnesses.py $(ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,6 +92,14 @@ $(VENV)-serving/installed: pyproject.toml constraints.txt
 	$(VENV)-serving/bin/python -m pip install --quiet --constraint constraints.txt --group serving --editable .
 	touch $@
 
+# lmms-eval 0.7.3 uses what filelock 4 does not have any more, and asks for far more packages than it imports.
+$(VENV)-harnesses/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-harnesses
+	$(VENV)-harnesses/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-harnesses/bin/python -m pip install --quiet --constraint constraints.txt --group harnesses --editable .
+	$(VENV)-harnesses/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3 filelock==3.32.7
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving
+	rm -rf $(VENV) $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving $(VENV)-harnesses
 	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

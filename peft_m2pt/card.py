@@ -198,7 +198,8 @@ class Card:
                 "Tuned with [M2PT](https://arxiv.org/abs/2409.15657): prompts in vision encoder and language"
                 " model, and between them. The base model itself is unchanged. Needs `pip install peft-m2pt`.",
                 f"```py\n{self._code(adapters, repo_id)}\n```",
-                "To serve it, `peft-m2pt bundle BASE ADAPTER --output DIR` makes one folder of the two.",
+                "To serve it, `peft-m2pt bundle BASE ADAPTER --output DIR` makes one folder of the two. To score it,"
+                " `lmms-eval --model m2pt --model_args model=...,pretrained=BASE,adapter=ADAPTER`.",
                 *tables,
                 "### Framework versions",
                 _versions(),
