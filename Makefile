@@ -8,7 +8,8 @@ VERSIONS := lowest middle newest main
 # One process of tests for each core, and the tests of a file in one of them, since they share models.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-axolotl models style lint clean
+.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-axolotl test-harnesses models \
+	style lint clean
 
 # In an environment of its own, with nothing but what the examples need.
 quickstart: $(VENV)-quickstart/installed
@@ -54,6 +55,9 @@ test-serving: $(VENV)-serving/installed
 # Trains with `axolotl train`. axolotl 0.21 needs Python 3.12: make test-axolotl PYTHON=python3.12
 test-axolotl: $(VENV)-axolotl/installed
 	PYTHONPATH=tests $(VENV)-axolotl/bin/python -m pytest tests/processes/check_axolotl.py $(ARGS)
+# Runs the real lm-eval and lmms-eval, on generated data.
+test-harnesses: $(VENV)-harnesses/installed
+	HF_HUB_OFFLINE=1 $(VENV)-harnesses/bin/python -m pytest tests/processes/check_harnesses.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -108,7 +112,14 @@ $(VENV)-axolotl/installed: pyproject.toml constraints-axolotl.txt
 		axolotl axolotl-contribs-lgpl axolotl-contribs-mit
 	touch $@
 
+# lmms-eval 0.7.3 uses what filelock 4 does not have any more, and asks for far more packages than it imports.
+$(VENV)-harnesses/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-harnesses
+	$(VENV)-harnesses/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-harnesses/bin/python -m pip install --quiet --constraint constraints.txt --group harnesses --editable .
+	$(VENV)-harnesses/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3 filelock==3.32.7
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving \
-		$(VENV)-axolotl
+	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving $(VENV)-axolotl $(VENV)-harnesses
 	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

@@ -55,7 +55,8 @@ The base model itself is unchanged. Needs `pip install peft-m2pt`.
 {{code}}
 ```
 
-To serve it, `peft-m2pt bundle BASE ADAPTER --output DIR` makes one folder of the two.
+To serve it, `peft-m2pt bundle BASE ADAPTER --output DIR` makes one folder of the two. To score it,
+`lmms-eval --model m2pt --model_args model=...,pretrained=BASE,adapter=ADAPTER`.
 
 {{tables}}
 
