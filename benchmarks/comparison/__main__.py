@@ -1,7 +1,7 @@
 """
 A comparison of methods on vision-language models. Does what is missing: `python -m benchmarks.comparison STAGE`, where
 `search` tries learning rates, `choose` writes the best ones into the experiments, `final` tests each method with all
-seeds, `costs` measures time and memory, and `report` puts all of it into tables and pictures. See `benchmarks/README.md`.
+seeds, `costs` measures time and memory, and `report` makes tables and pictures of it. See `benchmarks/README.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STAGES = ("search", "choose", "final", "costs", "report")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
-    parser.add_argument("stages", nargs="*", choices=STAGES, help="What to do (default: search and final).")
+    parser.add_argument("stages", nargs="*", type=_stage, help=f"{', '.join(STAGES)} (default: search and final).")
     parser.add_argument("--base", nargs="+", choices=list(TASKS), default=list(TASKS), help="Which base models.")
     parser.add_argument("--methods", nargs="+", default=[], help="METHOD, or METHOD/VARIANT (default: all).")
     parser.add_argument(
@@ -59,6 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nerror: interrupted. What was done is kept, and the same command goes on.")
+
+
+def _stage(name: str) -> str:
+    if name not in STAGES:
+        raise argparse.ArgumentTypeError(f"there is no stage {name!r}, only {', '.join(STAGES)}")
+    return name
 
 
 def do(stage: str, study: Study) -> None:

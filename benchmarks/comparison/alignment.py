@@ -1,4 +1,4 @@
-"""How the connector of the pretrained towers is aligned: on the names of emoji and drawings, with both towers frozen."""
+"""How the connector of base B is aligned: on the names of emoji and drawings, with both towers frozen."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .training import one_cycle
 QUESTIONS = ("Name this picture.", "What do you see?", "Describe the picture in a few words.")
 NUM_STEPS, BATCH_SIZE = 160, 24
 
-# Pictures of clothing take no part: a model that is tuned on photographs of clothing is asked about them (level L4). These
-# are the ones that surely belong to one of the classes of `clothing.CLASSES`; of emoji the name, of drawings the file.
+# Pictures of clothing take no part: a model that is tuned on photographs of clothing is asked about them (level L4).
+# These are the ones that surely belong to one of `clothing.CLASSES`; of emoji the name, of drawings the file.
 CLOTHING = {
     "t-shirt": 0,
     "t-shirt_01": 0,

@@ -1,5 +1,5 @@
 """
-All of a study in a minute: two toys in the place of the base models, a few methods, a few steps, generated pictures and
+All of a study in a minute: toys in the place of the base models, a few methods, a few steps, generated pictures and
 those of scikit-learn. Nothing is downloaded, and the results say nothing.
 """
 
@@ -18,7 +18,7 @@ from . import costs, report
 from .clothing import INSTRUCTIONS, PLAIN_TEXT, Clothing
 from .experiments import FOLDER
 from .folders import appearing
-from .handwriting import Handwriting, digits, tiny_llava
+from .handwriting import Handwriting, tiny_llava
 from .study import Study
 from .tasks import Pictures
 from .towers import PATCH, SIZE, TEMPLATE
@@ -66,7 +66,10 @@ class ToyClothing(Clothing):
     def drawings(self) -> dict[str, Pictures]:
         images = torch.rand(12, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         labels = [label for label in (0, 1, 5, 8) for _ in range(3)]
-        return {"drawings": Pictures(images, labels, num_views=3), "known": Pictures(images[:4], ["a", "b", "cd", "e"])}
+        return {
+            "drawings": Pictures(images, labels, num_views=3),
+            "known": Pictures(images[:4], ["a", "b", "cd", "e"]),
+        }
 
 
 def _toy_llava(vocab_size: int) -> LlavaForConditionalGeneration:

@@ -93,7 +93,7 @@ def choose(base: str, experiments: list[Experiment], results: Path) -> None:
 
 
 def known_before(base: str, results: Path) -> dict[str, dict[str, Any]]:
-    """For each instruction: what the untuned base gets on validation pictures, chance, and whether it knew it before."""
+    """For each instruction: what the untuned base gets on validation pictures, chance, whether it knew it before."""
     searches = [
         json.loads(file.read_text())["train_info"]["metrics"]["instructions"]
         for file in sorted((results / base / SEARCH).glob(f"{UNTUNED.replace('/', '--')}--*.json"))

@@ -38,7 +38,9 @@ CONTRASTS = {
     "a": (
         *BOTH,
         Contrast('What do interaction prompts in "image" bring?', "m2pt/image", DEFAULT),
-        Contrast("Is tuning the gate and up projections better than tuning attention?", "full/gate-up", "full/attention"),
+        Contrast(
+            "Is tuning the gate and up projections better than tuning attention?", "full/gate-up", "full/attention"
+        ),
     ),
     "b": BOTH,
 }

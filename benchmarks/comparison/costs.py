@@ -1,4 +1,4 @@
-"""What training costs: seconds and memory, each method in a process of its own, on a machine that does nothing else."""
+"""What training costs: seconds and memory, each method in a process of its own, on an otherwise idle machine."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ def examine(
             Called after each batch of pictures.
 
     Returns:
-        `dict[str, dict]`: for each instruction its candidates, and a letter for each picture: which of them is right, which
-        one the model says word for word ("-" for something else), and which it finds likeliest; the mean cross-entropy of
-        the right one; and which one it says without a picture.
+        `dict[str, dict]`: for each instruction its candidates; a letter for each picture, that says which of them is
+        right, which one the model says word for word ("-" for something else), and which it finds likeliest; the mean
+        cross-entropy of the right one; and which one it says without a picture ("blind").
     """
     records = {one.name: _Record(one, pictures) for one in instructions}
     for start in range(0, len(pictures), BATCH_SIZE):
@@ -119,4 +119,6 @@ def plain_text(learner: Learner, text: str) -> float | None:
     """Cross-entropy of a token of a text, without a picture."""
     ids = learner.ids(text)
     states = learner.read(learner.embed(ids)[None])[0, :-1]
-    return _mean(nn.functional.cross_entropy(learner.model.lm_head(states).float(), ids[1:], reduction="none").tolist())
+    return _mean(
+        nn.functional.cross_entropy(learner.model.lm_head(states).float(), ids[1:], reduction="none").tolist()
+    )

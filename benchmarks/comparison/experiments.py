@@ -1,7 +1,8 @@
 """
-Experiments: a folder `experiments/BASE/METHOD/VARIANT` for each. As in PEFT's `method_comparison`, `adapter_config.json`
-says how the model is adapted, and `training_params.json` what is different from `default_training_params.json`.
-Where there is no adapter, `trained` there is a regular expression for the parameters that are trained themselves.
+Experiments: a folder `experiments/BASE/METHOD/VARIANT` for each. As in PEFT's `method_comparison`, its
+`adapter_config.json` says how the model is adapted, and its `training_params.json` what is different from
+`default_training_params.json`. Where there is no adapter, `trained` there is a regular expression for the parameters
+that are trained themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 import peft_m2pt  # noqa: F401
 
+from .folders import write_text
 from .refusals import StudyError
 
 
@@ -107,7 +109,7 @@ class Experiment:
         """Writes down a learning rate, and by what it was chosen."""
         file = self.folder / "training_params.json"
         own = {**json.loads(file.read_text()), "lr": lr, "chosen": chosen}
-        file.write_text(json.dumps(own, indent=2) + "\n")
+        write_text(file, json.dumps(own, indent=2) + "\n")
 
 
 def experiments_of(base: str, methods: Iterable[str] = (), folder: Path = FOLDER) -> list[Experiment]:

@@ -24,7 +24,12 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 def write_json(file: Path, value: Any) -> None:
     """Writes a file of JSON."""
+    write_text(file, json.dumps(value, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".unfinished-{os.getpid()}")
-    unfinished.write_text(json.dumps(value, allow_nan=False) + "\n")
+    unfinished.write_text(text)
     unfinished.replace(file)

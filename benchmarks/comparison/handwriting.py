@@ -40,7 +40,13 @@ class Handwriting(Task):
     name = "a"
     # The one that is held out was learned in print, so that it shows what becomes of it, not what is new.
     instructions = tuple(
-        Instruction(NAMES[question], "other" if question == quickstart.HELD_OUT else "tuned", question, answer, num_pictures=360)
+        Instruction(
+            NAMES[question],
+            "other" if question == quickstart.HELD_OUT else "tuned",
+            question,
+            answer,
+            num_pictures=360,
+        )
         for question, answer in digits.INSTRUCTIONS.items()
     )
     template = Template("USER: ", "\n{} ASSISTANT:", " {}</s>")

@@ -14,8 +14,7 @@ def resampled_means(
     """
     Means of resampled seeds, and of resampled pictures within them: the hierarchical bootstrap.
 
-    One seed fewer is drawn than there are, without which the variance would be too small by that share: with five seeds,
-    by a fifth.
+    One seed fewer is drawn than there are, without which the variance would be too small: with five seeds, by a fifth.
 
     Args:
         values (`np.ndarray` of shape `(num_seeds, num_pictures)`):

@@ -11,8 +11,8 @@ from .tasks import Pictures, Template
 
 class Learner:
     """
-    A LLaVA, adapted or not, whose parts are called one by one: answers alone have logits, the encoder is not asked again
-    where its answer is known, and what stands before a question is read once for all questions.
+    A LLaVA, adapted or not, whose parts are called one by one: answers alone have logits, the encoder is not asked
+    again where its answer is known, and what stands before a question is read once for all questions.
 
     Args:
         model (`LlavaForConditionalGeneration`):

