@@ -24,20 +24,13 @@ NUM_STEPS, BATCH_SIZE = 160, 24
 # These are the ones that surely belong to one of `clothing.CLASSES`; of emoji the name, of drawings the file.
 CLOTHING = {
     "t-shirt": 0,
-    "t-shirt_01": 0,
     "t_tshirt": 0,
     "t_poloshirt": 0,
     "jeans": 1,
-    "bellbottoms": 1,
-    "bluejeans1": 1,
-    "bluejeans2": 1,
-    "white_pants": 1,
     "t_pants": 1,
     "dress": 3,
-    "black_dress": 3,
     "coat": 4,
     "lab coat": 4,
-    "jacket": 4,
     "t_jacket": 4,
     "womans sandal": 5,
     "thong sandal": 5,
@@ -48,10 +41,8 @@ CLOTHING = {
     "pouch": 8,
     "shopping bags": 8,
     "school satchel": 8,
-    "red_handbag": 8,
     "womans boots": 9,
     "hiking boot": 9,
-    "hikingboot": 9,
 }
 
 

@@ -88,7 +88,7 @@ def choose(base: str, experiments: list[Experiment], results: Path) -> None:
             experiment.choose(0.0, {"by": "nothing is trained"})
             write_json(_known_file(experiment.folder.parents[1]), known_before(base, results))
         else:
-            by = {f"{rate:g}": loss for rate, loss in losses.items()}
+            by = {f"{rate:g}": loss if math.isfinite(loss) else "diverged" for rate, loss in losses.items()}
             experiment.choose(best_rate(losses), {"by": CRITERION, "losses": by})
 
 

@@ -114,12 +114,16 @@ class Clothing(Task):
         }
 
     def drawings(self) -> dict[str, Pictures]:
-        packages = self.packages
-        return {"drawings": alignment.clothing(packages), "known": alignment.known(packages, self.num_known)}
+        return _drawings(self.packages, self.num_known)
 
     def photographs(self, split: str) -> Pictures:
         """The raw pictures `(number, 28, 28)` of a split ("train" or "t10k")."""
         return _photographs(self.packages, split)
+
+
+@cache
+def _drawings(packages: Path, num_known: int) -> dict[str, Pictures]:
+    return {"drawings": alignment.clothing(packages), "known": alignment.known(packages, num_known)}
 
 
 @cache

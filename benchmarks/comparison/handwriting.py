@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +67,25 @@ class Handwriting(Task):
 
     def split(self, seed: int) -> dict[str, Pictures]:
         # Rates are not to be chosen by pictures that another seed is tested with.
-        rest, validation = map(_pictures, digits.handwritten_digits(self.num_validation, quickstart.SEED))
+        rest, validation = _handwriting(self.num_validation)
         order = random.Random(seed).sample(range(len(rest)), len(rest))
-        known = _pictures(digits.font_digits(self.num_known, seed=1))
+        known = _print(self.num_known)
         return {
             "train": rest.take(order[self.num_test :]),
             "validation": validation,
             "test": rest.take(order[: self.num_test]),
             "known": Pictures(known.images, [str(label) for label in known.labels]),
         }
+
+
+@cache
+def _handwriting(num_validation: int) -> list[Pictures]:
+    return [_pictures(part) for part in digits.handwritten_digits(num_validation, quickstart.SEED)]
+
+
+@cache
+def _print(number: int) -> Pictures:
+    return _pictures(digits.font_digits(number, seed=1))
 
 
 def _pictures(dataset: Dataset) -> Pictures:

@@ -174,11 +174,11 @@ class Report:
     def _controls(self) -> str:
         kinds = {"its picture": balanced_accuracy, "another picture": shuffled_accuracy, "no picture": blind_accuracy}
         rows = []
-        for method in CONTROLLED:
-            every = [one for run in self.results.get(method, []) for one in instructions_of(run, ("tuned",)).values()]
-            if every:
-                rows.append([method, *(f"{mean(score(one) for one in every):.3f}" for score in kinds.values())])
-        rows.append(["chance", *[f"{mean(chance(one) for one in every):.3f}"] * 3])
+        for method in (method for method in CONTROLLED if method in self.results):
+            every = [one for run in self.results[method] for one in instructions_of(run, ("tuned",)).values()]
+            rows.append([method, *(f"{mean(score(one) for one in every):.3f}" for score in kinds.values())])
+        tuned = instructions_of(self.results[UNTUNED][0], ("tuned",)).values()
+        rows.append(["chance", *[f"{mean(map(chance, tuned)):.3f}"] * 3])
         return table(["method, tuned instructions", *kinds], rows)
 
     def _rates(self) -> str:

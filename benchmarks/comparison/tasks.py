@@ -46,7 +46,7 @@ class Instruction:
         name (`str`):
             Its name in results.
         level (`str`):
-            "tuned", or how it differs from tuned ones: "L1" (a paraphrase), "L2" (something that was never asked), "L3"
+            "tuned", or how it differs from those: "L1" (a paraphrase), "L2" (something that was never asked), "L3"
             (another form of answer), "L4" (other pictures), "other" (as a task says).
         question (`str`):
             What the model is asked.
