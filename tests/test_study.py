@@ -16,7 +16,7 @@ from benchmarks.comparison.clothing import INSTRUCTIONS
 from benchmarks.comparison.contrasts import CONTRASTS, CONTROLLED, DEFAULT
 from benchmarks.comparison.experiments import FOLDER, Experiment, Training, experiments_of
 from benchmarks.comparison.folders import appearing, write_json
-from benchmarks.comparison.handwriting import Handwriting, _pictures, digits, tiny_llava
+from benchmarks.comparison.handwriting import Handwriting, _pictures, digits, tiny_llava, vqa
 from benchmarks.comparison.intervals import holm, interval, p_value, resampled_means
 from benchmarks.comparison.learner import Learner
 from benchmarks.comparison.refusals import StudyError
@@ -90,7 +90,7 @@ class TestLearner:
     def test_writes_conversations_as_the_processor_of_the_quickstart(self, processor):
         images, _ = digits.handwritten_digits(1700, 0)
         row = {"image": images[0]["image"], "instruction": ITEMS[0][0], "answer": ITEMS[0][1]}
-        batch = tiny_llava.vqa.AnswerCollator(processor)([row])
+        batch = vqa.AnswerCollator(processor)([row])
         template = Handwriting.template
         text = template.opening + "<image>" * 16 + template.question.format(row["instruction"])
         ids = [processor.tokenizer(part).input_ids for part in (text, template.answer.format(row["answer"]))]

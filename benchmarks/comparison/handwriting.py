@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import digits  # noqa: E402
 import quickstart  # noqa: E402
 import tiny_llava  # noqa: E402
+import vqa  # noqa: E402, F401
 
 
 NAMES = {
