@@ -278,6 +278,8 @@ class TestStudy:
         assert {file.name for file in files} >= {"base--untuned--0--1.json", "base--untuned--0--2.json"}
         assert len(files) == 6
         study.final()
+        with pytest.raises(StudyError, match="The rates of base b have been chosen: .* has results by them"):
+            study.choose()
         assert files == {file: file.stat().st_mtime_ns for file in study.results.glob("b/final/*.json")}
 
         result = json.loads(next(file for file in files if "prompts-connector" in file.name).read_text())

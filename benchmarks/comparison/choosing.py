@@ -12,7 +12,7 @@ from typing import Any
 from .experiments import Experiment
 from .folders import write_json
 from .refusals import StudyError
-from .run import SEARCH, Run
+from .run import FINAL, SEARCH, Run
 from .scores import balanced_accuracy, chance
 
 
@@ -77,8 +77,13 @@ def choose(base: str, experiments: list[Experiment], results: Path) -> None:
     Writes the rates into the experiments, and beside them what the untuned base knew before.
 
     Raises:
-        StudyError: If a search is not done.
+        StudyError: If a search is not done, or test pictures have been looked at.
     """
+    if any((results / base / FINAL).glob("*.json")):
+        raise StudyError(
+            f"The rates of base {base} have been chosen: {results / base / FINAL} has results by them. For another "
+            "study, choose another --results."
+        )
     for experiment in experiments:
         if missing := next_runs(base, experiment, results):
             raise StudyError(f"No rate can be chosen for {experiment.name}: a run is missing ({missing[0]}).")
