@@ -119,6 +119,4 @@ def plain_text(learner: Learner, text: str) -> float | None:
     """Cross-entropy of a token of a text, without a picture."""
     ids = learner.ids(text)
     states = learner.read(learner.embed(ids)[None])[0, :-1]
-    return _mean(
-        nn.functional.cross_entropy(learner.model.lm_head(states).float(), ids[1:], reduction="none").tolist()
-    )
+    return _mean(nn.functional.cross_entropy(learner.logits(states), ids[1:], reduction="none").tolist())

@@ -34,9 +34,9 @@ def resampled_means(
         return np.einsum("rs,sp,rp->r", seeds, values, pictures) / (num_drawn * num_pictures)
     means = np.zeros(num_resamples)
     for _ in range(num_drawn):
-        chosen = generator.integers(num_seeds, size=num_resamples)
-        pictures = _counts(generator, num_resamples, num_pictures, num_pictures)
-        means += np.einsum("rp,rp->r", values[chosen], pictures) / (num_drawn * num_pictures)
+        chosen = generator.integers(num_seeds, size=(num_resamples, 1))
+        pictures = generator.integers(num_pictures, size=(num_resamples, num_pictures))
+        means += values[chosen, pictures].mean(axis=1) / num_drawn
     return means
 
 

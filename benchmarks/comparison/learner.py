@@ -89,6 +89,11 @@ class Learner:
             inputs_embeds=embeddings, past_key_values=cache, use_cache=cache is not None
         ).last_hidden_state
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits of states, in float32."""
+        # Of rows that do not lie side by side, bfloat16 on CPUs takes a hundred times as long.
+        return self.model.lm_head(states.contiguous()).float()
+
     def empty_cache(self, num_samples: int) -> Cache:
         """The cache in front of everything: empty, or with a prefix that is trained."""
         return self.adapted.get_prompt(num_samples) if self.has_prefix else DynamicCache()
@@ -122,7 +127,7 @@ class Learner:
         cache = self.empty_cache(len(items)) if self.has_prefix else None
         embeddings = torch.cat([self.opening(images, len(items)), self.embed(ids)], dim=1)
         states = self.read(embeddings, cache)[:, -ids.shape[1] : -1]
-        return self.model.lm_head(states[answered]).float(), ids[:, 1:][answered], answered.nonzero()[:, 0]
+        return self.logits(states[answered]), ids[:, 1:][answered], answered.nonzero()[:, 0]
 
     def judge(self, cache: Cache, question: str, candidates: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -146,12 +151,12 @@ class Learner:
         def read(ids: torch.Tensor) -> torch.Tensor:
             return self.read(self.embed(ids).expand(num_samples, -1, -1), cache)
 
-        last = self.model.lm_head(read(self.ids(self.template.question.format(question)))[:, -1:]).float()
+        last = self.logits(read(self.ids(self.template.question.format(question)))[:, -1:])
         behind = cache.get_seq_length()
         likelihoods, greedy = [], []
         for candidate in candidates:
             ids = self.ids(self.template.answer.format(candidate))
-            logits = torch.cat([last, self.model.lm_head(read(ids[:-1])).float()], dim=1)
+            logits = torch.cat([last, self.logits(read(ids[:-1]))], dim=1)
             cache.crop(1 - len(ids))
             chosen = logits.log_softmax(-1)[:, range(len(ids)), ids]
             likelihoods.append(chosen.sum(1))
