@@ -42,7 +42,7 @@ class ToyClothing(Clothing):
     """Base B with random towers, on digits, which are as many classes as there are of clothing."""
 
     num_bases = 2
-    num_train, num_validation, num_test = 40, 20, 60
+    num_train, num_validation, num_test = 40, 20, 30
 
     def base(self, seed: int) -> Path:
         seed %= self.num_bases
@@ -73,7 +73,7 @@ class ToyClothing(Clothing):
 
 
 def _toy_llava(vocab_size: int) -> LlavaForConditionalGeneration:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     text_config = LlamaConfig(**sizes, vocab_size=vocab_size, intermediate_size=64, num_key_value_heads=2)
     vision_config = Dinov2Config(**sizes, image_size=SIZE, patch_size=PATCH, mlp_ratio=2)
     config = LlavaConfig(
