@@ -28,7 +28,7 @@ class Package:
             The file that its registry serves.
         sha256 (`str`):
             What the file must be.
-        licence (`str`):
+        license (`str`):
             As the package states it.
         source (`str`):
             "PyPI", "npm" or "Debian".
@@ -38,7 +38,7 @@ class Package:
     version: str
     file: str
     sha256: str
-    licence: str
+    license: str
     source: str
 
     @property
@@ -131,7 +131,7 @@ def fetch(folder: Path) -> Path:
             with appearing(unpacked) as new:
                 package.unpack(file, new)
             print(
-                f"{package.name} {package.version} ({package.source}): its licence is {package.licence}.", flush=True
+                f"{package.name} {package.version} ({package.source}): its license is {package.license}.", flush=True
             )
     return folder
 
