@@ -10,10 +10,11 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from benchmarks.comparison import check, choosing, packages, plots
+from benchmarks.comparison import check, choosing, packages, plots, report
 from benchmarks.comparison.__main__ import main
 from benchmarks.comparison.clothing import INSTRUCTIONS
 from benchmarks.comparison.contrasts import CONTRASTS, CONTROLLED, DEFAULT
+from benchmarks.comparison.costs import costs_of
 from benchmarks.comparison.experiments import FOLDER, Experiment, Training, experiments_of
 from benchmarks.comparison.folders import appearing, write_json
 from benchmarks.comparison.handwriting import Handwriting, _pictures, digits, tiny_llava, vqa
@@ -291,7 +292,9 @@ class TestStudy:
         assert list(asked) == [one.name for one in INSTRUCTIONS]
         assert len(asked["name"]["said"]) == 30 and asked["name of a drawing"]["num_views"] == 3
 
-        from benchmarks.comparison import report
+        costs = costs_of(study.tasks["b"], study.of("b")[1], num_steps=3)
+        assert costs["method"] == "full/connector"
+        assert min(costs["seconds"], costs["file_bytes"]) > 0 <= costs["peak_bytes"]
 
         text = report.write(study).read_text()
         assert f"| Is M2PT better than the connector alone? | {DEFAULT} less full/connector | tuned | 2 | " in text
