@@ -8,7 +8,7 @@ VERSIONS := lowest middle newest main
 # One process of tests for each core, and the tests of a file in one of them, since they share models.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-.PHONY: quickstart benchmark test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-axolotl test-harnesses models \
+.PHONY: quickstart benchmark study test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-axolotl test-harnesses models \
 	style lint clean
 
 # In an environment of its own, with nothing but what the examples need.
@@ -18,6 +18,10 @@ quickstart: $(VENV)-quickstart/installed
 # Writes a table, a plot and all numbers to benchmarks/results. See benchmarks/README.md.
 benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Compares methods, some ten hours of one core; does what is missing. See benchmarks/README.md.
+study: $(VENV)-study/installed
+	$(VENV)-study/bin/python -m benchmarks.comparison $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/$(PYTEST) $(ARGS)
@@ -97,6 +101,12 @@ $(VENV)-deepspeed/installed: pyproject.toml constraints.txt
 		--constraint constraints.txt --group deepspeed
 	touch $@
 
+$(VENV)-study/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-study
+	$(VENV)-study/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-study/bin/python -m pip install --quiet --constraint constraints.txt --group study --editable .
+	touch $@
+
 $(VENV)-serving/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-serving
 	$(VENV)-serving/bin/python -m pip install --quiet --upgrade "pip>=25.1"
@@ -121,5 +131,6 @@ $(VENV)-harnesses/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving $(VENV)-axolotl $(VENV)-harnesses
+	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving $(VENV)-axolotl $(VENV)-harnesses \
+		$(VENV)-study
 	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

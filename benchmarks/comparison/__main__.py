@@ -1,59 +1,80 @@
 """
-Does the runs that are missing: `python -m benchmarks.comparison --packages FOLDER --results FOLDER`.
-
-With `--lr` and `--seeds`, these are runs of the given methods; `--final` looks at the test pictures.
+A comparison of methods on vision-language models. Does what is missing: `python -m benchmarks.comparison STAGE`, where
+`search` tries learning rates, `choose` writes the best ones into the experiments, `final` tests each method with all
+seeds, `costs` measures time and memory, and `report` makes tables and pictures of it. See `benchmarks/README.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import signal
+import sys
+import tempfile
 from pathlib import Path
 
-from .base import build
-from .methods import METHODS
-from .run import Budget, Run, run
+from . import check, costs, report
+from .clothing import Clothing
+from .handwriting import Handwriting, quickstart
+from .refusals import StudyError
+from .study import Study
 
 
-def main() -> None:
+TASKS = {task.name: task for task in (Handwriting, Clothing)}
+STAGES = ("search", "choose", "final", "costs", "report")
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
-    parser.add_argument("--packages", type=Path, required=True, help="Where the unpacked packages are.")
-    parser.add_argument("--base", type=Path, required=True, help="The base model, which is made if it is not there.")
-    parser.add_argument("--results", type=Path, required=True, help="Where each run writes its file.")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["connector", "lora", "m2pt"])
-    parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--final", action="store_true", help="Look at the test pictures.")
-    parser.add_argument("--steps", type=int, default=Budget.num_steps)
-    parser.add_argument("--batch-size", type=int, default=Budget.batch_size)
-    arguments = parser.parse_args()
-
-    if not (arguments.base / "config.json").exists():
-        build(arguments.packages, arguments.base)
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    budget = Budget(num_steps=arguments.steps, batch_size=arguments.batch_size)
-    for seed in arguments.seeds:
-        for lr in arguments.lr:
-            for method in arguments.methods:
-                _do(Run(method, lr, seed, arguments.final), budget, arguments)
-
-
-def _do(settings: Run, budget: Budget, arguments: argparse.Namespace) -> None:
-    file = arguments.results / f"{settings.name}.json"
-    if file.exists():
-        return
-    result = run(settings, budget, arguments.packages, arguments.base)
-    # A stop leaves nothing half.
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result))
-    os.replace(unfinished, file)
-    last = sum(result["losses"][-25:]) / len(result["losses"][-25:])
-    print(
-        f"{settings.name}: loss {last:.3f}, {result['tuned']}, {result['held out']}, text {result['plain text']:.2f}, "
-        f"{result['seconds']} s",
-        flush=True,
+    parser.add_argument("stages", nargs="*", type=_stage, help=f"{', '.join(STAGES)} (default: search and final).")
+    parser.add_argument("--base", nargs="+", choices=list(TASKS), default=list(TASKS), help="Which base models.")
+    parser.add_argument("--methods", nargs="+", default=[], help="METHOD, or METHOD/VARIANT (default: all).")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=Path.home() / ".cache" / "peft_m2pt",
+        help="Where packages and base models are kept (default: %(default)s).",
     )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path(__file__).parents[1] / "results" / "study",
+        help="Where each run writes its file (default: %(default)s).",
+    )
+    parser.add_argument("--check", action="store_true", help="All of it in a minute, on toys: it says nothing.")
+    options = parser.parse_args(arguments)
+    quickstart.quiet()
+    # A stop by `kill` leaves nothing half, as one by Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if options.check:
+            with tempfile.TemporaryDirectory() as folder:
+                check.run(Path(folder))
+            return
+        study = Study(
+            {name: TASKS[name](options.cache_dir) for name in options.base}, options.results, tuple(options.methods)
+        )
+        for stage in options.stages or ("search", "final"):
+            do(stage, study)
+    except StudyError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nerror: interrupted. What was done is kept, and the same command goes on.")
+
+
+def _stage(name: str) -> str:
+    if name not in STAGES:
+        raise argparse.ArgumentTypeError(f"there is no stage {name!r}, only {', '.join(STAGES)}")
+    return name
+
+
+def do(stage: str, study: Study) -> None:
+    """Does a stage of a study."""
+    if stage == "costs":
+        costs.measure(study)
+    elif stage == "report":
+        report.write(study)
+    else:
+        getattr(study, stage)()
 
 
 if __name__ == "__main__":

@@ -1,30 +1,58 @@
-"""Fashion-MNIST as questions about pictures: three instructions are tuned, two are held out."""
+"""Base B, the pretrained towers, on photographs of clothing (Fashion-MNIST): six instructions are tuned."""
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from .base import SIZE, normalize
+from . import alignment
+from .folders import appearing
+from .packages import fetch
+from .tasks import Instruction, Pictures, Task
+from .towers import SIZE, TEMPLATE, normalize
 
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-TUNED: dict[str, Callable[[int], str]] = {
-    "What is this?": lambda label: CLASSES[label],
-    "Is it worn on the feet?": lambda label: "yes" if label in (5, 7, 9) else "no",
-    "Does it cover the arms?": lambda label: "yes" if label in (2, 4, 6) else "no",
-}
-HELD_OUT: dict[str, Callable[[int], str]] = {
-    "Name the item in the picture.": lambda label: CLASSES[label],
-    "Is it a bag?": lambda label: "yes" if label == 8 else "no",
-}
-INSTRUCTIONS = {**TUNED, **HELD_OUT}
+CATEGORIES = ("top", "bottoms", "top", "dress", "top", "shoe", "top", "shoe", "bag", "shoe")
+
+
+def _is(*labels: int):
+    return lambda label: "yes" if label in labels else "no"
+
+
+FEET, UPPER_BODY, SLEEVES, FASTENERS = (5, 7, 9), (0, 2, 3, 4, 6), (2, 4, 6), (4, 6, 7, 9)
+NOT_FEET = tuple(label for label in range(10) if label not in FEET)
+
+INSTRUCTIONS = (
+    Instruction("name", "tuned", "What is this?", CLASSES.__getitem__, num_pictures=500),
+    Instruction("category", "tuned", "What kind of thing is it?", CATEGORIES.__getitem__),
+    Instruction("feet", "tuned", "Is it worn on the feet?", _is(*FEET)),
+    Instruction("upper body", "tuned", "Is it worn on the upper body?", _is(*UPPER_BODY)),
+    Instruction("sleeves", "tuned", "Does it have long sleeves?", _is(*SLEEVES)),
+    Instruction("fasteners", "tuned", "Does it have buttons or laces?", _is(*FASTENERS)),
+    Instruction("name, again", "L1", "Name the item in the picture.", CLASSES.__getitem__),
+    Instruction("category, again", "L1", "Which category does the item belong to?", CATEGORIES.__getitem__),
+    Instruction("feet, again", "L1", "Is this some kind of footwear?", _is(*FEET)),
+    Instruction("sleeves, again", "L1", "Are its sleeves long?", _is(*SLEEVES)),
+    Instruction("legs", "L2", "Does it cover the legs?", _is(1, 3)),
+    Instruction("cold", "L2", "Is it made for cold weather?", _is(2, 4, 9)),
+    Instruction(
+        "feet, by letter",
+        "L3",
+        "Answer with a letter: A if it is worn on the feet, B if it is not.",
+        lambda label: "A" if label in FEET else "B",
+    ),
+    Instruction("feet, negated", "L3", "Is it true that it is not worn on the feet?", _is(*NOT_FEET)),
+    Instruction("name of a drawing", "L4", "What is this?", CLASSES.__getitem__, "drawings"),
+    Instruction("category of a drawing", "L4", "What kind of thing is it?", CATEGORIES.__getitem__, "drawings"),
+    Instruction("feet in a drawing", "L4", "Is it worn on the feet?", _is(*FEET), "drawings"),
+    Instruction("upper body in a drawing", "L4", "Is it worn on the upper body?", _is(*UPPER_BODY), "drawings"),
+)
 
 # English that has nothing to do with pictures, to see how much of it a model forgets.
 PLAIN_TEXT = (
@@ -37,32 +65,69 @@ PLAIN_TEXT = (
 )
 
 
-@dataclass
-class Pictures:
+class Clothing(Task):
     """
-    Pictures and what they show.
-
     Args:
-        images (`torch.Tensor`):
-            What the model reads of each.
-        labels (`list[int]`):
-            Their classes.
+        cache_dir (`Path`):
+            Where packages and base models are kept.
     """
 
-    images: torch.Tensor
-    labels: list[int]
+    name = "b"
+    instructions = INSTRUCTIONS
+    template = TEMPLATE
+    dtype = torch.bfloat16
+    known_question = alignment.QUESTIONS[0]
+    plain_text = PLAIN_TEXT
+    fixed_test = True
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    num_bases = 3
+    num_train, num_validation, num_test, num_known = 2000, 200, 500, 200
 
-    def take(self, order: list[int] | range | torch.Tensor) -> Pictures:
-        """Some of them, in the order of their indices."""
-        order = torch.as_tensor(order)
-        return Pictures(self.images[order], [self.labels[index] for index in order])
+    def __init__(self, cache_dir: Path) -> None:
+        self.cache_dir = cache_dir
+
+    @property
+    def packages(self) -> Path:
+        return fetch(self.cache_dir / "packages")
+
+    def base(self, seed: int) -> Path:
+        seed %= self.num_bases
+        folder = self.cache_dir / f"base-b-{seed}"
+        if not folder.exists():
+            print(f"Base b, seed {seed}: its connector is aligned, which takes some minutes.", flush=True)
+            learner = alignment.build(self.packages, seed)
+            with appearing(folder) as new:
+                learner.model.save_pretrained(new)
+                learner.tokenizer.save_pretrained(new)
+        return folder
+
+    def split(self, seed: int) -> dict[str, Pictures]:
+        train, test = self.photographs("train"), self.photographs("t10k")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        test_order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+        validation = order[self.num_train : self.num_train + self.num_validation]
+        return {
+            "train": _prepare(train.take(order[: self.num_train])),
+            "validation": _prepare(train.take(validation)),
+            "test": _prepare(test.take(test_order[: self.num_test])),
+            **self.drawings(),
+        }
+
+    def drawings(self) -> dict[str, Pictures]:
+        return _drawings(self.packages, self.num_known)
+
+    def photographs(self, split: str) -> Pictures:
+        """The raw pictures `(number, 28, 28)` of a split ("train" or "t10k")."""
+        return _photographs(self.packages, split)
 
 
-def load(packages: Path, split: str) -> Pictures:
-    """The raw pictures `(number, 28, 28)` of a split ("train" or "t10k")."""
+@cache
+def _drawings(packages: Path, num_known: int) -> dict[str, Pictures]:
+    return {"drawings": alignment.clothing(packages), "known": alignment.known(packages, num_known)}
+
+
+@cache
+def _photographs(packages: Path, split: str) -> Pictures:
     folder = next(packages.rglob(f"{split}-images-idx3-ubyte.gz")).parent
 
     def read(name: str, offset: int) -> torch.Tensor:
@@ -73,20 +138,8 @@ def load(packages: Path, split: str) -> Pictures:
     return Pictures(read("images-idx3-ubyte.gz", 16).view(-1, 28, 28), read("labels-idx1-ubyte.gz", 8).tolist())
 
 
-def split(packages: Path, seed: int, num_train: int, num_validation: int, num_test: int) -> dict[str, Pictures]:
-    """Pictures to train on and to validate with, which the seed chooses, and the same test pictures for all seeds."""
-    train, test = load(packages, "train"), load(packages, "t10k")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    test_order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-    parts = {
-        "train": train.take(order[:num_train]),
-        "validation": train.take(order[num_train : num_train + num_validation]),
-        "test": test.take(test_order[:num_test]),
-    }
-    return {name: Pictures(_prepare(part.images), part.labels) for name, part in parts.items()}
-
-
-def _prepare(images: torch.Tensor) -> torch.Tensor:
+def _prepare(pictures: Pictures) -> Pictures:
     # On white, like the pictures that the connector was aligned on.
-    images = 1 - images.float()[:, None].expand(-1, 3, -1, -1) / 255
-    return normalize(nn.functional.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=False).clamp(0, 1))
+    images = 1 - pictures.images.float()[:, None].expand(-1, 3, -1, -1) / 255
+    images = nn.functional.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=False).clamp(0, 1)
+    return Pictures(normalize(images), pictures.labels)

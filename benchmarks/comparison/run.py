@@ -1,186 +1,165 @@
-"""One run: a method, a learning rate and a seed under the budget."""
+"""One run: a method at a learning rate, from a seed."""
 
 from __future__ import annotations
 
-import random
+import json
+import subprocess
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from . import clothing
-from .base import answer_logits, image_features, one_cycle, rows
-from .clothing import HELD_OUT, INSTRUCTIONS, PLAIN_TEXT, TUNED, Pictures
-from .methods import METHODS
+from ..report import describe_machine
+from .evaluation import examine, plain_text, remember
+from .experiments import Experiment
+from .learner import Learner
+from .tasks import Instruction, Pictures, Task
+from .training import train
 
 
-@dataclass(frozen=True)
-class Budget:
-    """
-    What every method gets.
-
-    Args:
-        num_steps (`int`):
-            Steps of training.
-        batch_size (`int`):
-            Pictures in a step, each with one of the tuned instructions.
-        num_train (`int`), num_validation (`int`), num_test (`int`):
-            Pictures.
-        max_grad_norm (`float`):
-            Where the gradient of everything that is trained is clipped, as one.
-    """
-
-    num_steps: int = 150
-    batch_size: int = 16
-    num_train: int = 2000
-    num_validation: int = 200
-    num_test: int = 200
-    max_grad_norm: float = 1.0
+SEARCH, FINAL = "search", "final"
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    One run.
+    A run.
 
     Args:
+        base (`str`):
+            The base model.
         method (`str`):
-            Its name in `METHODS`.
+            The experiment: "METHOD/VARIANT".
+        kind (`str`):
+            "search" looks at validation pictures, "final" at test pictures.
         lr (`float`):
             The learning rate.
         seed (`int`):
-            Chooses pictures, their order, and what is initialised at random.
-        final (`bool`):
-            Whether test pictures are looked at. Learning rates are chosen by validation alone.
+            Chooses the pictures, their order, and what is initialised at random.
     """
 
+    base: str
     method: str
+    kind: str
     lr: float
     seed: int
-    final: bool
 
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.lr:g}-{self.seed}" + ("" if self.final else "-search")
+    def __str__(self) -> str:
+        return f"{self.base}, {self.method}, {self.kind}, rate {self.lr:g}, seed {self.seed}"
+
+    def file(self, results: Path) -> Path:
+        """Where its result is written."""
+        method = self.method.replace("/", "--")
+        return results / self.base / self.kind / f"{method}--{self.lr:g}--{self.seed}.json"
 
 
-class Learner:
+def adapt(task: Task, experiment: Experiment, seed: int) -> Learner:
+    """The base model of a seed, adapted. Frozen towers are in the task's dtype, what is trained is in float32."""
+    folder = task.base(seed)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    for tower in (model.model.vision_tower, model.model.language_model, model.lm_head):
+        tower.to(task.dtype)
+    model.tie_weights()
+    torch.manual_seed(seed)
+    return Learner(model, AutoTokenizer.from_pretrained(folder), task.template, experiment.adapt(model))
+
+
+def run(settings: Run, task: Task, experiment: Experiment, say: Callable[[str], object]) -> dict[str, Any]:
     """
-    A model that answers questions about pictures. The towers compute in bfloat16, what is trained is in float32.
+    Does a run.
 
     Args:
-        folder (`Path`):
-            The base model.
-        method (`str`):
-            What is trained.
-        seed (`int`):
-            For what is initialised at random.
+        settings ([`Run`]):
+            The run.
+        task ([`Task`]), experiment ([`Experiment`]):
+            Those that it names.
+        say (`Callable`):
+            Told from time to time how far it is.
+
+    Returns:
+        `dict`: all that is to be known of it, laid out as in PEFT's `method_comparison`.
     """
-
-    def __init__(self, folder: Path, method: str, seed: int) -> None:
-        base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-        for tower in (base.model.vision_tower, base.model.language_model, base.lm_head):
-            tower.to(torch.bfloat16)
-        base.tie_weights()
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        torch.manual_seed(seed)
-        # Nothing here has dropout, and frozen towers are to stay as they are.
-        self.adapted = METHODS[method](base).eval()
-        self.model = base
-        self.trained = {n: p for n, p in self.adapted.named_parameters() if p.requires_grad}
-        self.sees_anew = any("vision_tower" in name for name in self.trained)
-
-    def prepare(self, pictures: Pictures) -> Pictures:
-        """Pictures as they are needed: their features, if training does not change them."""
-        if self.sees_anew:
-            return pictures
-        with torch.no_grad():
-            features = [image_features(self.model, part) for part in pictures.images.split(100)]
-        return Pictures(torch.cat(features), pictures.labels)
-
-    def logits(self, pictures: Pictures, instructions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        items = [(name, INSTRUCTIONS[name](label)) for name, label in zip(instructions, pictures.labels)]
-        features = image_features(self.model, pictures.images) if self.sees_anew else pictures.images
-        return answer_logits(self.model, features, *rows(self.tokenizer, items))
-
-    @torch.no_grad()
-    def evaluate(self, pictures: Pictures, instructions: Iterable[str]) -> dict[str, dict[str, float]]:
-        """For each instruction the share of exact answers, and the mean cross-entropy of an answer."""
-        scores = {}
-        for instruction in instructions:
-            exact, entropy = [], []
-            for start in range(0, len(pictures), 50):
-                part = pictures.take(range(start, min(start + 50, len(pictures))))
-                logits, labels, samples = self.logits(part, [instruction] * len(part))
-                hits, zeros = (logits.argmax(-1) == labels).float(), torch.zeros(len(part))
-                exact += zeros.scatter_reduce(0, samples, hits, "prod", include_self=False).tolist()
-                losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-                entropy += zeros.scatter_add(0, samples, losses).tolist()
-            scores[instruction] = {"exact": sum(exact) / len(exact), "entropy": sum(entropy) / len(entropy)}
-        return scores
-
-    @torch.no_grad()
-    def plain_text(self) -> float:
-        """Cross-entropy of a token of plain English, without a picture."""
-        ids = self.tokenizer(PLAIN_TEXT, add_special_tokens=False, return_tensors="pt").input_ids
-        states = self.model.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
-        return nn.functional.cross_entropy(self.model.lm_head(states[0, :-1]).float(), ids[0, 1:]).item()
-
-    def train(self, pictures: Pictures, run: Run, budget: Budget) -> list[float]:
-        """Returns the loss of each step."""
-        optimizer = torch.optim.AdamW(self.trained.values(), lr=run.lr, weight_decay=0.0)
-        num_warmup_steps = budget.num_steps // 10
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: one_cycle(step, budget.num_steps, num_warmup_steps)
-        )
-        generator, order, losses = random.Random(run.seed), [], []
-        for _ in range(budget.num_steps):
-            if len(order) < budget.batch_size:
-                order = generator.sample(range(len(pictures)), len(pictures))
-            chosen, order = order[: budget.batch_size], order[budget.batch_size :]
-            instructions = [generator.choice(list(TUNED)) for _ in chosen]
-            logits, labels, _ = self.logits(pictures.take(chosen), instructions)
-            loss = nn.functional.cross_entropy(logits, labels)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.trained.values(), budget.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(round(loss.item(), 4))
-        return losses
-
-
-def run(settings: Run, budget: Budget, packages: Path, base: Path) -> dict[str, Any]:
-    """Does a run and returns all that is to be known of it."""
-    start = time.time()
-    learner = Learner(base, settings.method, settings.seed)
-    parts = clothing.split(packages, settings.seed, budget.num_train, budget.num_validation, budget.num_test)
-    evaluated = learner.prepare(parts["test" if settings.final else "validation"])
-    instructions = INSTRUCTIONS if settings.final else TUNED
-    first = next(iter(TUNED))
-    before = {"plain text": learner.plain_text(), **learner.evaluate(evaluated.take(range(50)), [first])}
-    losses = learner.train(learner.prepare(parts["train"]), settings, budget)
-    scores = learner.evaluate(evaluated, instructions)
+    start = time.perf_counter()
+    training = experiment.training
+    learner = adapt(task, experiment, settings.seed)
+    parts = task.split(settings.seed)
+    pictures = learner.prepare(parts["train"])
+    steps = iter(range(1, training.num_steps + 1))
+    losses = train(
+        learner,
+        pictures,
+        task.tuned,
+        training,
+        settings.lr,
+        settings.seed,
+        lambda: say(f"step {next(steps)} of {training.num_steps}"),
+    )
+    train_time = time.perf_counter() - start
+    asked = asked_of(task, settings.kind, is_untuned=not learner.trained)
+    metrics = _measure(learner, task, parts, asked, say)
+    config = experiment.folder / "adapter_config.json"
     return {
-        "run": asdict(settings),
-        "budget": asdict(budget),
-        "parameters": sum(parameter.numel() for parameter in learner.trained.values()),
-        "before": before,
-        "losses": losses,
-        "scores": scores,
-        "tuned": _mean(scores, TUNED),
-        "held out": _mean(scores, HELD_OUT) if settings.final else None,
-        "plain text": learner.plain_text(),
-        "seconds": round(time.time() - start),
-        "threads": torch.get_num_threads(),
+        "run_info": {
+            **asdict(settings),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "total_time": round(time.perf_counter() - start, 1),
+            "peft_config": json.loads(config.read_text()) if config.exists() else None,
+            "train_config": asdict(training),
+            "commit": _commit(),
+        },
+        "train_info": {
+            "status": "success" if len(losses) == training.num_steps else "diverged",
+            "train_time": round(train_time, 1),
+            "num_trainable_params": sum(parameter.numel() for parameter in learner.trained.values()),
+            "num_total_params": sum(parameter.numel() for parameter in learner.adapted.parameters()),
+            "losses": losses,
+            "metrics": metrics,
+        },
+        "meta_info": describe_machine("cpu"),
     }
 
 
-def _mean(scores: dict[str, dict[str, float]], instructions: Iterable[str]) -> dict[str, float]:
-    chosen = [scores[name] for name in instructions]
-    return {kind: sum(score[kind] for score in chosen) / len(chosen) for kind in ("exact", "entropy")}
+def asked_of(task: Task, kind: str, is_untuned: bool) -> list[Instruction]:
+    """
+    The instructions of a run. In a search, only tuned ones are asked, about validation pictures; the untuned base is
+    asked the others as well, to see which it knew before.
+    """
+    if kind == FINAL:
+        return list(task.instructions)
+    chosen = [one for one in task.instructions if one.part == "test"] if is_untuned else task.tuned
+    return [replace(one, part="validation") for one in chosen]
+
+
+def _measure(
+    learner: Learner,
+    task: Task,
+    parts: dict[str, Pictures],
+    instructions: list[Instruction],
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    metrics = {"instructions": {}}
+    for part in dict.fromkeys(one.part for one in instructions):
+        asked = [one for one in instructions if one.part == part]
+        answers = examine(learner, learner.prepare(parts[part]), asked, lambda: say(f"asking about {part} pictures"))
+        for one in asked:
+            metrics["instructions"][one.name] = {
+                "level": one.level,
+                "part": part,
+                "num_views": parts[part].num_views,
+                **answers[one.name],
+            }
+    metrics["known"] = remember(learner, learner.prepare(parts["known"]), task.known_question)
+    metrics["plain_text"] = plain_text(learner, task.plain_text) if task.plain_text else None
+    return metrics
+
+
+def _commit() -> str | None:
+    """The commit of the program, if it is run from a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return answer.stdout.strip() or None

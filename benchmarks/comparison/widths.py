@@ -9,20 +9,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 
 from transformers import set_seed
 
-from .methods import METHODS
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import digits  # noqa: E402
-import quickstart  # noqa: E402
-import tiny_llava  # noqa: E402
-import vqa  # noqa: E402
+from .experiments import experiments_of
+from .handwriting import digits, quickstart, tiny_llava, vqa
 
 
 WIDTHS = (64, 128, 256)
@@ -33,7 +25,8 @@ def last_loss(base_folder: Path, lr: float, method: str) -> float:
     """The mean loss of the last 25 steps."""
     base, processor = quickstart.load(base_folder)
     set_seed(0)
-    model = METHODS[method](base)
+    [experiment] = experiments_of("a", [method])
+    model = experiment.adapt(base)
     images, _ = digits.handwritten_digits(quickstart.FULL.num_test_images, quickstart.SEED)
     questions = digits.ask(images, quickstart.TUNED)
     log = vqa.train(model, questions, vqa.AnswerCollator(processor), NUM_STEPS, lr, 0, f"lr {lr:g}")
@@ -47,14 +40,14 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, required=True, help="Where the base models are kept.")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["lora", "m2pt"])
+    parser.add_argument("--methods", nargs="+", default=["lora/rank-8", "m2pt/prompts-connector"])
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
     quickstart.quiet()
     for width in arguments.widths:
         base_folder = tiny_llava.pretrained(arguments.cache_dir, tiny_llava.Recipe(width=width), quickstart.SEED)
         for method, lr in itertools.product(arguments.methods, arguments.lr):
-            file = arguments.results / f"{method}-width-{width}-{lr:g}.json"
+            file = arguments.results / f"{method.replace('/', '--')}-width-{width}-{lr:g}.json"
             if not file.exists():
                 loss = last_loss(base_folder, lr, method)
                 file.write_text(json.dumps({"method": method, "width": width, "lr": lr, "last loss": loss}))
