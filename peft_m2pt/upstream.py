@@ -15,17 +15,28 @@ import torch
 import transformers
 import transformers.integrations.peft
 from accelerate.hooks import AlignDevicesHook, SequentialHook
+from packaging.version import Version
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
 
 
 # The method by which `generate_batch`, its context manager and the servers of transformers and TRL start continuous
 # batching.
 CONTINUOUS_BATCHING = "init_continuous_batching"
+
+
+# Before, attention functions reach paged caches in other ways.
+LOWEST_CONTINUOUS_BATCHING = "5.19"
+
+
+# What continuous batching calls eager attention, whose function is one for all models.
+PAGED_EAGER = "paged|eager"
 
 
 # The classes that choose a model by the class of its config, in a table that can be extended.
@@ -59,6 +70,66 @@ def chunk_length(config: PretrainedConfig) -> int | None:
     """The length of the attention chunks of a language model (Llama 4). `None` if no layer has any."""
     has_chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return config.attention_chunk_size if has_chunks else None
+
+
+def has_known_continuous_batching() -> bool:
+    """Whether paged caches of the installed transformers are reached in one of the ways that are known."""
+    return Version(transformers.__version__).release >= Version(LOWEST_CONTINUOUS_BATCHING).release
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching."""
+    return isinstance(cache, PagedAttentionCache)
+
+
+def paged_lengths(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """
+    How many tokens requests of continuous batching have, by the arguments of an attention module for these.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, bool]`: Where the tokens of each request begin and end in the row, how many
+        tokens before these are in the cache, and whether the latter are all of them. Layers with a sliding window keep
+        one less than it is long.
+    """
+    boundaries, of_keys = arguments["cu_seq_lens_q"], arguments["cu_seq_lens_k"]
+    kind = "full_attention" if "full_attention" in of_keys else next(iter(of_keys))
+    return boundaries, of_keys[kind].diff() - boundaries.diff(), kind == "full_attention"
+
+
+class _Updated:
+    """Takes the place of a paged cache that has been updated."""
+
+    @staticmethod
+    def update(key_states: torch.Tensor, value_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return key_states, value_states
+
+
+def update_paged_cache(
+    module: nn.Module, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Brings keys and values of tokens into a paged cache, where an attention module has left that to its attention
+    function. Up to transformers 5.23 all do; later ones have done so themselves.
+
+    Args:
+        module (`nn.Module`):
+            The attention module.
+        key (`torch.Tensor`), value (`torch.Tensor`):
+            Keys and values that the attention function got.
+        kwargs (`dict[str, Any]`):
+            What else it got. Changed in place: what is said of all layers is replaced by what is true for this one.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Keys and values of all tokens of all requests.
+    """
+    cache = kwargs.pop("cache", None)
+    if cache is None:
+        return key, value
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    if attention_implementation(module) == PAGED_EAGER:
+        # It insists on a cache.
+        kwargs["cache"] = _Updated
+    return key, value
 
 
 def recorded_attention_classes(tower: nn.Module) -> tuple[type, ...]:
@@ -125,6 +196,15 @@ def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def min_peft_version() -> str | None:
     """The lowest version of PEFT that `add_adapter` and `load_adapter` of transformers accept."""
     return getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", None)
+
+
+def let_server_load(config: PretrainedConfig) -> None:
+    """
+    Lets `transformers serve` load the model that a config is of by an auto class, in this process. It calls language
+    models by the name of their class, so it does not ask who knows their model type.
+    """
+    if type(config) in AutoModelForCausalLM._model_mapping and config.model_type not in MULTIMODAL:
+        setattr(transformers, config.architectures[0], AutoModelForCausalLM)
 
 
 def with_loader(model_class: type[PreTrainedModel], load_adapter: Callable) -> type[PreTrainedModel]:

@@ -18,10 +18,12 @@ from transformers import (
     AttentionInterface,
     AutoModelForImageTextToText,
     Cache,
+    ContinuousBatchingConfig,
     DynamicCache,
     EncoderDecoderCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -31,12 +33,21 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import RequestState
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import M2PTConfig, upstream
 from peft_m2pt.attention.cached_first_tokens import UPDATES
+from peft_m2pt.hooks.continuous_batching import LOOP, PROCESSOR, STEP
 
 
 class TestTransformers:
@@ -184,6 +195,75 @@ class TestTransformers:
         assert f"self.{upstream.CONTINUOUS_BATCHING}(" in source, "the context manager has another entrance"
         source = inspect.getsource(LlamaForCausalLM.generate_batch)
         assert "self.continuous_batching_context_manager(" in source, "`generate_batch` has another entrance"
+
+
+@pytest.mark.skipif(not upstream.has_known_continuous_batching(), reason="continuous batching is refused")
+class TestContinuousBatching:
+    def test_the_worker(self):
+        loop = inspect.signature(getattr(ContinuousBatchingManager, LOOP)).parameters
+        assert list(loop)[:2] == ["self", "batch_processor"], "the loop of the worker is another"
+        source = inspect.getsource(ContinuousBatchingManager)
+        assert all(f"self.{name}(" in source for name in (LOOP, PROCESSOR, STEP)), "the worker goes other ways"
+        assert "self.input_queue.put(" in source, "requests come in another way"
+        assert {"fail_all_requests", "reset", "has_pending_requests"} <= set(dir(ContinuousBatchProcessor))
+        assert hasattr(OutputRouter, "fail_and_deliver") and hasattr(PagedAttentionCache, "evict_cached_blocks")
+
+    def test_a_cache_forgets_what_requests_could_share(self):
+        options = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, page_size=8)
+        model = make_llama()
+        manager = model.init_continuous_batching(GenerationConfig(max_new_tokens=2), options)
+        processor = manager._create_batch_processor()
+        cache = processor.cache
+        state = RequestState(request_id="first", initial_tokens=list(range(20)))
+        assert cache.can_store_request_tokens(state, 20)
+        cache.mark_complete_blocks(state, {"full_attention": 2})
+        cache.free_blocks("first")
+        assert cache.search_prefix_match("second", list(range(20))) == 16, "texts are shared in another way"
+        cache.free_blocks("second")
+        cache.evict_cached_blocks()
+        assert cache.search_prefix_match("third", list(range(20))) == 0, "shared texts are kept elsewhere"
+
+    def test_what_attention_modules_are_told(self):
+        """Also that it is the modules that bring keys into the cache, or their attention functions: one of both."""
+        model = make_llama()
+        told, keys = [], []
+
+        def note(module, args, kwargs):
+            assert upstream.is_paged(kwargs["cache"]), "the cache has another name"
+            boundaries, before, _ = upstream.paged_lengths(kwargs)
+            told.append((boundaries.tolist(), before.tolist(), kwargs["position_ids"].tolist()))
+
+        def attend(module, query, key, value, attention_mask, **kwargs):
+            key, value = upstream.update_paged_cache(module, key, value, kwargs)
+            assert "cache" not in kwargs, "a cache is updated twice"
+            keys.append((key.shape[2], kwargs["cu_seq_lens_k"].tolist(), kwargs["max_length_k"]))
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+        interface = AttentionInterface()
+        previous = interface["sdpa"]
+        AttentionInterface.register("sdpa", attend)
+        handle = model.model.layers[0].self_attn.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            outputs = model.generate_batch(
+                [[5, 6, 7], [8, 9]],
+                generation_config=GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1),
+                continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, page_size=8),
+            )
+        finally:
+            AttentionInterface.register("sdpa", previous)
+            handle.remove()
+        assert [output.error for output in outputs.values()] == [None, None]
+        # Texts are sorted, the last one first.
+        assert told == [([0, 2, 5], [0, 0], [[0, 1, 0, 1, 2]]), ([0, 1, 2], [2, 3], [[2, 3]])]
+        assert keys == [(5, [0, 2, 5], 3), (7, [0, 3, 7], 4)], "functions are told other lengths"
+
+
+def make_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 OVERRIDDEN = {

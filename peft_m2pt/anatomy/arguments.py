@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache
-from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..errors import UnsupportedModelError
 from ..upstream import renamed_arguments
@@ -223,13 +222,8 @@ def check_call(signature: Signature, bound: dict[str, Any], attention: nn.Module
     One that has its default, or is `None`, does no harm: prompts are computed as for callers that do not know it.
 
     Raises:
-        UnsupportedModelError: If an unknown argument has a value, or if there is a paged cache.
+        UnsupportedModelError: If an unknown argument has a value.
     """
-    if isinstance(signature.find(Role.CACHE, bound), PagedAttentionCache):
-        raise UnsupportedModelError(
-            f"The attention '{path}' ({type(attention).__name__}) was called with a paged cache, which keeps keys and "
-            f"values out of reach of prompts. Use generate(...) instead of continuous batching."
-        )
     for argument in signature.unknown:
         value = bound.get(argument.name)
         if not argument.is_left_out(value):

@@ -43,11 +43,7 @@ def find_first_tokens(
     Raises:
         UnsupportedModelError: If the first tokens, or their positions, are not certain.
     """
-    positions = {
-        argument.name: arguments[argument.name]
-        for argument in signature.arguments
-        if argument.role in (Role.ROTATIONS, Role.POSITIONS) and arguments.get(argument.name) is not None
-    }
+    positions = given_positions(signature, arguments)
     if not positions:
         check_packing(attention, path, signature, arguments)
         return None
@@ -56,6 +52,15 @@ def find_first_tokens(
     if to_cache is not None:
         cached_first_tokens(call.cache)[call.layer] = to_cache
     return first_tokens
+
+
+def given_positions(signature: Signature, arguments: dict[str, Any]) -> Positions:
+    """The arguments of an attention module that carry positions."""
+    return {
+        argument.name: arguments[argument.name]
+        for argument in signature.arguments
+        if argument.role in (Role.ROTATIONS, Role.POSITIONS) and arguments.get(argument.name) is not None
+    }
 
 
 def first_tokens_in_cache(attention: nn.Module, cache: Any) -> FirstTokens | None:
@@ -75,7 +80,7 @@ def cache_first_tokens(
     if tokens.shape[-2] == 1 or torch.compiler.is_compiling():
         return
     arguments = signature.bind(args, kwargs)
-    # The paged cache of continuous batching has no length. Prompts are refused there.
+    # The paged cache of continuous batching has no length. All of its requests start at position 0.
     if hasattr(signature.find(Role.CACHE, arguments), "get_seq_length"):
         # The module needs no prompts; one that does refuses what is not certain.
         with contextlib.suppress(UnsupportedModelError):

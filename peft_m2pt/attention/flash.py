@@ -53,7 +53,7 @@ def attend_flash(
     boundaries, max_length = packing.get("cu_seq_lens_k"), packing.get("max_length_k", key.shape[2])
     if (window := kwargs.get("sliding_window")) is not None:
         if max_length > window:
-            return _attend_in_window(module, prompts, query, key, value, attention_mask, boundaries, kwargs)
+            return _attend_in_window(module, prompts, query, key, value, attention_mask, packing, kwargs)
         kwargs["sliding_window"] = None
     if boundaries is not None:
         key, value, boundaries, num_prompts = _prepend_to_each(prompts, key, value, boundaries)
@@ -105,7 +105,7 @@ def _attend_in_window(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    boundaries: torch.Tensor | None,
+    packing: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """Attends to prompts and to a sliding window of tokens: by "sdpa" with a mask, since flash attention cannot."""
@@ -117,12 +117,18 @@ def _attend_in_window(
                 f"Use model.set_attn_implementation('eager')."
             )
     keys = torch.arange(key.shape[2], device=key.device)
-    distance = keys[-query.shape[2] :, None] - keys
+    queries = keys[-query.shape[2] :]
+    if packing:
+        ends_of_queries, ends_of_keys = (packing[f"cu_seq_lens_{name}"][1:].long() for name in ("q", "k"))
+        queries = torch.arange(query.shape[2], device=key.device)
+        sequences = torch.searchsorted(ends_of_queries, queries, right=True)
+        # The last query of each sequence belongs to its last key.
+        queries = queries + (ends_of_keys - ends_of_queries)[sequences]
+    distance = queries[:, None] - keys
     nearest = 0 if is_causal(module, kwargs) else 1 - kwargs["sliding_window"]
     visible = (distance >= nearest) & (distance < kwargs["sliding_window"])
-    if boundaries is not None:
-        sequence = torch.searchsorted(boundaries[1:].long(), keys, right=True)
-        visible = visible & (sequence[:, None] == sequence)
+    if packing:
+        visible = visible & (sequences[:, None] == torch.searchsorted(ends_of_keys, keys, right=True))
     visible = visible[None, None]
     if attention_mask is not None:
         visible = visible & attention_mask[:, None, None].bool()

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,10 +38,11 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from ..anatomy.attention_calls import find_attention_call
 from ..errors import UnsupportedModelError
 from ..per_thread import PerThread
-from ..upstream import attention_implementation
+from ..upstream import PAGED_EAGER, attention_implementation
 from .eager_sdpa import attend_eager, attend_sdpa
 from .flash import attend_flash
 from .flex import attend_flex
+from .paged import attend_paged
 from .prompt_kv import PromptKV
 
 
@@ -133,11 +135,13 @@ class _Attender:
         path: str,
         prompts: PromptKV | Sequence[PromptKV | None],
         record: Callable[[int], PromptKV] | None,
+        is_paged: bool,
     ) -> None:
         self.module = module
         self.path = path
         self.prompts = prompts
         self.record = record
+        self.is_paged = is_paged
         self.num_calls = 0
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
@@ -150,6 +154,8 @@ class _Attender:
         self.num_calls += 1
         if prompts is None:
             return attend(self.module, query, key, value, attention_mask, **kwargs)
+        if self.is_paged:
+            extension = partial(attend_paged, extension)
         return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
 
 
@@ -191,9 +197,9 @@ def _own_eager_attention(module_class: type) -> Callable:
     return call.eager
 
 
-def find_extension(module: nn.Module, path: str) -> Callable:
+def find_extension(module: nn.Module, path: str, is_paged: bool = False) -> Callable:
     """
-    Finds out how prompts get into the attention implementation that a module uses.
+    Finds out how prompts get into the attention implementation that a module uses, with a paged cache or without.
 
     Returns:
         `Callable`: One of `IMPLEMENTATIONS`.
@@ -202,8 +208,10 @@ def find_extension(module: nn.Module, path: str) -> Callable:
         UnsupportedModelError: If M2PT does not support the implementation.
     """
     implementation = attention_implementation(module)
+    if implementation == PAGED_EAGER and is_paged:
+        return attend_eager
     attend = find_attention_call(type(module)).interface.get(implementation)
-    if isinstance(attend, PromptAttention):
+    if isinstance(attend, PromptAttention) and implementation != PAGED_EAGER:
         return attend.extension
     if attend is flash_attention_forward:
         # Kernels from the Hub have it under their own names.
@@ -216,7 +224,7 @@ def find_extension(module: nn.Module, path: str) -> Callable:
     return IMPLEMENTATIONS[implementation]
 
 
-def extend_attention_function(module: nn.Module, path: str) -> None:
+def extend_attention_function(module: nn.Module, path: str, is_paged: bool = False) -> None:
     """
     Extends the attention function that a module calls by prompts, if that is not done. To be called every time, since
     the implementation in use may change.
@@ -227,9 +235,13 @@ def extend_attention_function(module: nn.Module, path: str) -> None:
     implementation = attention_implementation(module)
     interface = find_attention_call(type(module)).interface
     attend = interface.get(implementation)
+    if isinstance(attend, PromptAttention) and implementation != PAGED_EAGER:
+        return
+    # Without a paged cache, "paged|eager" is refused in every call: transformers makes no mask for it.
+    extension = find_extension(module, path, is_paged)
     if isinstance(attend, PromptAttention):
         return
-    extended = PromptAttention(find_extension(module, path), attend)
+    extended = PromptAttention(extension, attend)
     # An entry that all interfaces share is replaced for all of them.
     if type(interface)().get(implementation) is attend:
         interface.register(implementation, extended)
@@ -292,6 +304,7 @@ def attend_with_prompts(
     prompts: PromptKV | Sequence[PromptKV | None],
     record: Callable[[int], PromptKV] | None,
     call: Callable[[], Any],
+    is_paged: bool = False,
 ) -> Any:
     """
     Calls an attention module, which attends to prompts besides its own tokens.
@@ -307,6 +320,8 @@ def attend_with_prompts(
             Returns those of a later call of the attention function. `None` if they are the same for all calls.
         call (`Callable[[], Any]`):
             Calls the module on its tokens.
+        is_paged (`bool`, defaults to `False`):
+            Whether it does so with a paged cache.
 
     Returns:
         `Any`: What the module returns.
@@ -314,7 +329,7 @@ def attend_with_prompts(
     Raises:
         UnsupportedModelError: If the attention function was not called, or adds a bias to scores.
     """
-    attender = _Attender(module, path, prompts, record)
+    attender = _Attender(module, path, prompts, record, is_paged)
     output = _run(attender, call)
     if attender.num_calls == 0:
         raise _bypassed(module, path)

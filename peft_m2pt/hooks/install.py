@@ -14,11 +14,12 @@ from ..layers.attention import M2PTAttention
 from ..layers.connector import M2PTConnector
 from .checkpointing import require_input_grads
 from .chunks import refuse_ambiguous_chunks
+from .continuous_batching import supervise_continuous_batching
 from .first_tokens import cache_first_tokens_of_others
 from .image_tokens import explain_image_tokens
 from .later_adapters import refuse_later_adapters
 from .packing import refuse_text_boundaries
-from .refused_methods import refuse_continuous_batching, refuse_unloading
+from .refused_methods import refuse_unloading
 from .unused_parameters import keep_parameters_used
 
 
@@ -62,7 +63,7 @@ def install_hooks(
             patch_cache_methods()
             layer.hooks += cache_first_tokens_of_others(model, layer.base_layer)
             layer.hooks += refuse_ambiguous_chunks(model, layer)
-            layer.hooks += refuse_continuous_batching(model)
+            layer.hooks += supervise_continuous_batching(model)
         layer.hooks += refuse_later_adapters(model, layer, configs)
         layer.hooks += refuse_unloading(model, layer)
     adapted = None if connector is None else layer_of(connector.module)

@@ -18,8 +18,11 @@ from ..anatomy.sites import Connector, Site
 from ..attention.find_first_tokens import cache_first_tokens, find_first_tokens, first_tokens_in_cache
 from ..attention.first_tokens import FirstTokens
 from ..attention.interface import attend_with_prompts, extend_attention_function, record_prompt_kv
+from ..attention.paged import check_requests, first_token_of_requests, prompts_in_cache
 from ..attention.prompt_arguments import prompt_arguments
 from ..attention.prompt_kv import PromptKV, assign_prompt_kv
+from ..errors import UnsupportedModelError
+from ..upstream import is_paged
 from .base import M2PTLayer
 from .connector import project
 from .initializer import PromptInitializer
@@ -92,19 +95,23 @@ class M2PTAttention(M2PTLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the adapted module so that its tokens also attend to the prompts of the active adapters."""
         adapters, base_layer = self._adapters_in_use(), self.base_layer
+        arguments = self.signature.bind(args, kwargs)
+        cache = self.signature.find(Role.CACHE, arguments)
+        has_requests = is_paged(cache)
         if not adapters:
-            if self.site.kind == "textual":
+            if has_requests and prompts_in_cache(cache) is not None:
+                self._put_in_front_of_requests(cache, None)
+            elif self.site.kind == "textual":
                 cache_first_tokens(base_layer, self.site.path, self.signature, args, kwargs)
             return base_layer.call_without_adapters(*args, **kwargs)
-        extend_attention_function(base_layer, self.site.path)
-        arguments = self.signature.bind(args, kwargs)
+        extend_attention_function(base_layer, self.site.path, has_requests)
         check_call(self.signature, arguments, base_layer, self.site.path)
         # Packed images share one set of prompt rows, even if attention is computed image by image.
         is_packed = self.signature.find(Role.BOUNDARIES, arguments) is not None
         record = None if is_packed else partial(self._rows, adapters, arguments)
         rows = self._rows(adapters, arguments, 0)
         call = partial(base_layer.call_without_adapters, *args, **kwargs)
-        return attend_with_prompts(base_layer, self.site.path, rows, record, call)
+        return attend_with_prompts(base_layer, self.site.path, rows, record, call, has_requests)
 
     @property
     def is_active(self) -> bool:
@@ -133,15 +140,17 @@ class M2PTAttention(M2PTLayer):
         do calls with many tokens, where that is cheap.
         """
         samples = sample_adapters()
-        cache = None if torch.is_grad_enabled() else self.signature.find(Role.CACHE, arguments)
-        if call > 0 or cache is None:
+        cache = self.signature.find(Role.CACHE, arguments)
+        if is_paged(cache):
+            return self._rows_of_requests(adapters, arguments, cache, call)
+        if call > 0 or cache is None or torch.is_grad_enabled():
             # Modules rarely call the function more than once, so the rows of later calls are not cached.
             if call == 0:
                 self._drop_cached_rows()
             return self._record_all(adapters, samples, arguments, self._first_tokens(arguments), call)
         tokens = arguments[self.signature.input_name]
         batch = None if samples is None else (samples, len(tokens))
-        key = (tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type), batch, *adapters)
+        key = (*_conditions(tokens), batch, *adapters)
         cached = self._cached
         reusable = cached is not None and tokens.shape[-2] == 1 and cached.are_valid_for(cache, key)
         if reusable and cached.first is not None:
@@ -158,6 +167,58 @@ class M2PTAttention(M2PTLayer):
         else:
             self._cached = _CachedRows(rows, first, cache, key, self._sources(adapters))
         return rows
+
+    def _rows_of_requests(self, adapters: list[str], arguments: dict[str, Any], cache: Any, call: int) -> PromptKV:
+        """
+        Returns key and value of prompts in front of the requests of continuous batching, which stay the same for all
+        that a paged cache holds.
+        """
+        noted = prompts_in_cache(cache)
+        if noted is None:
+            raise UnsupportedModelError(
+                f"The attention '{self.site.path}' ({type(self.base_layer).__name__}) was called with a paged cache "
+                f"that is older than its prompts, or was not made by init_continuous_batching(...). Stop its manager, "
+                f"call model.destroy_cached_continuous_batching_manager() if it is kept, and begin anew."
+            )
+        check_requests(self.base_layer, self.site.path, self.signature, arguments, self.site.rotary)
+        key = (*_conditions(arguments[self.signature.input_name]), None, *adapters)
+        kept = noted.get(self.site.path)
+        if call == 0 and kept is not None and kept.are_valid_for(cache, key):
+            return kept.rows
+        start = first_token_of_requests(self.signature, arguments, self.site.rotary)
+        rows = self._record(adapters, arguments, start, call)
+        if call == 0:
+            sources = self._sources(adapters)
+            if self.site.rotary is not None:
+                sources += self.site.rotary.module.modules()
+            self._put_in_front_of_requests(cache, _CachedRows(rows, start, cache, key, sources))
+        return rows
+
+    def _put_in_front_of_requests(self, cache: Any, kept: _CachedRows | None) -> None:
+        """Notes what stands in front of the requests in a paged cache, which has to be what stood there before."""
+        noted = prompts_in_cache(cache)
+        before = noted.setdefault(self.site.path, kept)
+        if not _have_equal_rows(before, kept):
+            raise self.change_of_prompts()
+        noted[self.site.path] = kept
+
+    def change_of_prompts(self) -> UnsupportedModelError:
+        """The error for requests whose prompts were changed."""
+        return UnsupportedModelError(
+            f"The adapter in use, its weights or those of the model were changed while requests of continuous "
+            f"batching were running: other prompts than before would stand in front of them at '{self.site.path}'. "
+            f"Wait for all requests before such a change, and add those that failed again."
+        )
+
+    def are_requests_as_before(self, cache: Any) -> bool:
+        """Whether new requests in a paged cache have the prompts of those before."""
+        noted, adapters = prompts_in_cache(cache), self._adapters_in_use()
+        if self.site.path not in noted:
+            return True
+        kept = noted[self.site.path]
+        if kept is None or not adapters:
+            return kept is None and not adapters
+        return kept.are_valid_for(cache, (*kept.key[:4], *adapters))
 
     def _first_tokens(self, arguments: dict[str, Any]) -> FirstTokens | None:
         """Where the sequences start that prompts are put in front of. `None` for prompts without positions."""
@@ -282,6 +343,17 @@ class _CachedRows:
             elif pointer is not None and now.data_ptr() != pointer:
                 return False
         return True
+
+
+def _have_equal_rows(kept: _CachedRows | None, other: _CachedRows | None) -> bool:
+    if kept is other or kept is None or other is None:
+        return kept is other
+    pairs = ((getattr(kept.rows, name), getattr(other.rows, name)) for name in ("key", "value"))
+    return all(first.dtype == second.dtype and torch.equal(first, second) for first, second in pairs)
+
+
+def _conditions(tokens: torch.Tensor) -> tuple[Any, ...]:
+    return tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type)
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from transformers import AutoConfig
 from transformers.utils.import_utils import is_serve_available
 
 from ..bundles.loading import is_bundle
+from ..upstream import let_server_load
 
 
 def find_program(program: str, arguments: Sequence[str]) -> Callable[[], Any]:
@@ -52,6 +54,7 @@ def find_server(bundle: Path, arguments: Sequence[str]) -> Callable[[], Any]:
         raise ValueError(f"{bundle} is not a bundle. Make one with `peft-m2pt bundle BASE ADAPTER --output DIR`.")
     if not is_serve_available():
         raise ValueError("Packages for the server are missing. Install them: `pip install 'transformers[serving]'`.")
+    let_server_load(AutoConfig.from_pretrained(bundle))
     # Up to transformers 5.23, the server lists the models in the cache, and fails if that does not exist.
     Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     return find_program("transformers", ["serve", str(bundle), *arguments])

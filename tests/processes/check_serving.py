@@ -21,7 +21,7 @@ from helpers.shapes import IMAGE_SIZE, make_model, make_processor
 from packaging.version import Version
 from peft import PeftModel
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM
 
 import peft_m2pt
 
@@ -52,20 +52,18 @@ def ask(text, image_url=None):
 class Served:
     """A bundle, what `generate` of a `PeftModel` answers, and a server."""
 
-    def __init__(self, folder, kwargs, *arguments):
-        processor = make_processor()
+    def __init__(self, folder, model, processor, kwargs, *arguments):
         self.bundle = folder / "bundle"
-        make_model(processor).save_pretrained(folder / "base")
+        model.save_pretrained(folder / "base")
         processor.save_pretrained(folder / "base")
-        adapt(LlavaForConditionalGeneration.from_pretrained(folder / "base"), **kwargs).save_pretrained(
-            folder / "tuned"
-        )
+        load = type(model).from_pretrained
+        adapt(load(folder / "base"), **kwargs).save_pretrained(folder / "tuned")
         peft_m2pt.bundle(folder / "base", folder / "tuned", self.bundle)
-        self.base = LlavaForConditionalGeneration.from_pretrained(folder / "base").eval()
-        self.model = PeftModel.from_pretrained(
-            LlavaForConditionalGeneration.from_pretrained(folder / "base"), folder / "tuned"
-        ).eval()
-        self.processor = peft_m2pt.adapt_processor(processor, self.model.peft_config["default"])
+        self.base = load(folder / "base").eval()
+        self.model = PeftModel.from_pretrained(load(folder / "base"), folder / "tuned").eval()
+        self.processor = processor
+        if "interaction_placement" in kwargs:
+            self.processor = peft_m2pt.adapt_processor(processor, self.model.peft_config["default"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -93,8 +91,9 @@ class Served:
         messages = [
             {"role": "user", "content": [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]}
         ]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(images=[image] if image else None, text=[prompt], return_tensors="pt")
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        images = {"images": [image]} if image else {}
+        inputs = self.processor(text=[prompt], return_tensors="pt", **images)
         with torch.no_grad():
             output = (model or self.model).generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
         tokens = output[0, inputs["input_ids"].shape[1] :]
@@ -117,7 +116,28 @@ class Served:
 
 @pytest.fixture(scope="module", params=ADAPTERS)
 def served(request, tmp_path_factory):
-    served = Served(tmp_path_factory.mktemp(request.param), ADAPTERS[request.param])
+    processor = make_processor()
+    folder = tmp_path_factory.mktemp(request.param)
+    yield from serve(folder, make_model(processor), processor, ADAPTERS[request.param])
+
+
+@pytest.fixture(scope="module", params=[[], ["--continuous-batching"]], ids=["plain", "continuous batching"])
+def served_text(request, tmp_path_factory):
+    """A language model alone."""
+    processor = make_processor()
+    config = make_model(processor).config.text_config
+    torch.manual_seed(0)
+    kwargs = {"num_visual_tokens": 0, "num_interaction_tokens": 0}
+    tokenizer = processor.tokenizer
+    # The server makes one text of the parts of a message.
+    text = "{{ content if content is string else content[0]['text'] }}"
+    tokenizer.chat_template = "{% set content = messages[0]['content'] %}" + text
+    folder = tmp_path_factory.mktemp("text")
+    yield from serve(folder, AutoModelForCausalLM.from_config(config), tokenizer, kwargs, *request.param)
+
+
+def serve(*args):
+    served = Served(*args)
     try:
         served.wait()
         yield served
@@ -157,6 +177,19 @@ def test_a_broken_image(served):
     with pytest.raises(openai.InternalServerError):
         served.request(ask("Which colour?", url))
     assert served.answer("What is this?") == served.generate("What is this?")
+
+
+def test_language_models_alone(served_text):
+    questions = [f"What is {'this' * i}?" for i in range(5)]
+    answers = [served_text.generate(question) for question in questions]
+    assert answers != [served_text.generate(question, model=served_text.base) for question in questions]
+    assert served_text.answer(questions[0]) == answers[0]
+    with ThreadPoolExecutor(len(questions)) as pool:
+        assert list(pool.map(served_text.answer, questions)) == answers
+    chunks = served_text.request(ask(questions[1]), stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == answers[1]
+    is_batching = "ontinuousBatching" in served_text.log.read_text()
+    assert is_batching == ("--continuous-batching" in served_text.process.args)
 
 
 def test_models(served):
