@@ -240,7 +240,7 @@ def test_an_adapter_switched_between_two_layers():
     layer = model.base_model.model.model.layers[0]
     with manager_of(model) as manager:
         handle = layer.register_forward_hook(lambda *args: model.set_adapter("other"))
-        error = wait_for(manager, manager.add_request(TOKENS, max_new_tokens=1)).error
+        error = wait_for(manager, manager.add_request(REQUESTS[0], max_new_tokens=1)).error
         handle.remove()
         assert "stand in front of them at 'model.layers.0.self_attn'" in error
         assert answer(manager, TOKENS) == generate(model, TOKENS)
