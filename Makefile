@@ -38,7 +38,7 @@ test-versions: test-lowest test-middle test-newest
 # To trace models of transformers needs a later transformers.
 # The benchmark compares with layers whose cache is longer than the mask, which later versions of transformers allow.
 test-lowest: $(VENV)-lowest/installed
-	$(VENV)-lowest/bin/$(PYTEST) --ignore=tests/compiling --ignore=tests/bases/test_quantised.py \
+	$(VENV)-lowest/bin/$(PYTEST) --ignore=tests/compiling --ignore=tests/bases/test_quantized.py \
 		--ignore=tests/training/test_trl.py --ignore=tests/training/test_trl_padding.py \
 		--ignore=tests/training/test_processes.py --ignore=tests/repository/test_benchmarks.py \
 		--deselect=tests/peft_suites/test_models.py::TestCompiling $(ARGS)

@@ -179,7 +179,7 @@ class TestNumbers:
             peft_model(**make_inputs()).loss.backward()
             assert all(parameter.grad.abs().max() > 0 for parameter in trained_by(peft_model).values())
 
-    def test_quantised_connectors_are_not_copied(self):
+    def test_quantized_connectors_are_not_copied(self):
         model = make_llava()
         linear = model.model.multi_modal_projector.linear_2
         linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
