@@ -120,6 +120,10 @@ def test_steps_of_training_take_one_graph():
 
 @torch.no_grad()
 def test_switching_adapters():
+    """
+    Also what PEFT's suite asks: test_torch_compile.test_causal_lm_multiple_lora_adapter_compile,
+    ..._disable_lora_adapter_compile.
+    """
     inputs = make_inputs("left")
     model = adapt(make_small())
     model.add_adapter("other", make_config(num_textual_tokens=5))

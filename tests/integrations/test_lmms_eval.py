@@ -121,6 +121,8 @@ def plugin(monkeypatch):
 @pytest.fixture
 def create(plugin, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Names that are not folders are looked up on the Hub.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     adapt(make_llava()).save_pretrained("adapter")
     adapt(make_llava(), interaction_placement="image").save_pretrained("in_image")
     get_peft_model(make_llava(), LoraConfig(target_modules=["q_proj"])).save_pretrained("lora")

@@ -347,23 +347,6 @@ class TestCompiling:
         for name, parameter in trained_by(peft_model).items():
             torch.testing.assert_close(parameter.grad, expected[name])
 
-    def test_switching(self):
-        """test_torch_compile.test_causal_lm_multiple_lora_adapter_compile, ..._disable_lora_adapter_compile"""
-        inputs = make_inputs(images=False)
-        peft_model = get_peft_model(make_llama(), M2PTConfig(num_visual_tokens=0))
-        peft_model.add_adapter("other", M2PTConfig(num_visual_tokens=0, num_textual_tokens=3))
-        randomise(peft_model, seed=2)
-
-        def outputs(model):
-            for name in ("default", "other", "default"):
-                peft_model.set_adapter(name)
-                yield model(**inputs).logits
-                with peft_model.disable_adapter():
-                    yield model(**inputs).logits
-
-        for found, expected in zip(outputs(torch.compile(peft_model, backend="eager")), list(outputs(peft_model))):
-            torch.testing.assert_close(found, expected)
-
     def test_before_adapting(self):
         """test_low_level_api.test_inject_from_state_dict_compiled_model"""
         model = torch.compile(make_llava(), backend="eager")
