@@ -155,7 +155,8 @@ def make_plan(model: nn.Module, config: M2PTConfig) -> Plan:
     excluded = frozenset(site.path for site in sites if _is_excluded(config, site.path))
     _check_exclusions(config, sites, excluded)
     for site in sites:
-        find_extension(site.attention, site.path)
+        if site.path not in excluded:
+            find_extension(site.attention, site.path)
     plan = Plan(config, {site.path: site for site in sites}, excluded, connector, num_interaction_tokens)
     if plan.adapted_connector is not None:
         _check_connector(config, plan.adapted_connector)

@@ -1,8 +1,8 @@
 """
 Continuous batching (`generate_batch`, `transformers serve --continuous-batching`) of a model with textual prompts.
 
-What cannot be had there is refused before a worker starts, or for the requests that it concerns. Left to itself, the
-worker would end with the first error, and all later requests with it.
+What is not supported is refused before the worker starts, or for the affected requests only. By itself, the worker
+would stop at the first error, and fail all later requests.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from ..upstream import CONTINUOUS_BATCHING, LOWEST_CONTINUOUS_BATCHING, has_know
 from .refused_methods import ReplacedMethod
 
 
-# Options that would leave prompts out, or could leave a change of them out: what they are set to, and why. A graph
-# goes on with the prompts that it was captured or compiled with, and none of this has been tried.
+# Options with which prompts, or a change of them, could be ignored: the value to use instead, and the reason.
 REFUSED_OPTIONS: dict[str, tuple[Any, str]] = {
     "use_cuda_graph": (False, "a captured graph would not see a change of prompts"),
     "varlen_compile_config": (None, "a compiled step would not see a change of prompts"),
@@ -36,7 +35,15 @@ REFUSED_OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-# Where configs have the ids of tokens that stand for images.
+# Methods of a manager: the body of its worker's loop, the forward pass in it, and what makes the cache.
+LOOP = "_generation_loop_body"
+STEP = "_generation_step"
+PROCESSOR = "_create_batch_processor"
+
+# The argument with the options.
+CONFIG = "continuous_batching_config"
+
+# Fields of configs with the ids of placeholder tokens.
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -78,9 +85,6 @@ def _init_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> An
     return manager
 
 
-CONFIG = "continuous_batching_config"
-
-
 def _layers(model: nn.Module) -> Sequence[M2PTAttention]:
     """The attention modules of the language model that adapters have prompts in."""
     return [
@@ -93,7 +97,7 @@ def _path_in_use(model: nn.Module) -> str | None:
 
 
 def _without_refused_options(model: nn.Module, config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
-    """A config without what is only chosen if nobody says otherwise. What somebody has asked for is refused."""
+    """Switches off options that transformers chooses by default. Those that were asked for are refused."""
     config = copy.copy(config)
     for name, (value, reason) in REFUSED_OPTIONS.items():
         given = getattr(config, name, None)
@@ -121,12 +125,6 @@ def _supervise(manager: Any, model: nn.Module, path: str | None) -> None:
     setattr(manager, STEP, partial(_run_step, getattr(manager, STEP), manager, model))
     setattr(manager, PROCESSOR, partial(_make_processor, getattr(manager, PROCESSOR)))
     manager.input_queue.put = partial(_take_request, manager.input_queue.put, manager, model)
-
-
-# Methods of a manager: what its worker does again and again, the forward pass in it, and what makes the cache.
-LOOP = "_generation_loop_body"
-STEP = "_generation_step"
-PROCESSOR = "_create_batch_processor"
 
 
 def _make_processor(make: Callable[[], Any]) -> Any:

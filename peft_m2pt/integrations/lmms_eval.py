@@ -64,7 +64,7 @@ class M2PT(lmms):
         config = _read_config(adapter)
         _check_base(str(arguments["pretrained"]))
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        # Who gives an argument twice is told so, as by lmms-eval itself.
+        # `dict` refuses an argument that is given twice.
         evaluated = model_class.create_from_arg_string("", dict(**arguments, **given))
         _put_in(evaluated, name, adapter, config)
         return evaluated
@@ -139,13 +139,13 @@ def _adapt_processors(processors: list[ProcessorMixin], name: str, config: M2PTC
             f"no processor of transformers that could leave room for them. Take another model of lmms-eval."
         )
     for processor in processors:
-        # One that was saved for an adapter with other tokens is set back.
+        # Resets one that was saved for another adapter.
         if in_image or hasattr(processor, "num_additional_image_tokens"):
             adapt_processor(processor, config)
 
 
 class _StopsWhenRefused:
-    """Many models of lmms-eval log errors of `generate` and score an empty answer. What M2PT refuses must not be."""
+    """Stops the program: models of lmms-eval (llava_hf) log errors of `generate` and score an empty answer."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         try:

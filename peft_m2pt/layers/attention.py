@@ -95,15 +95,16 @@ class M2PTAttention(M2PTLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the adapted module so that its tokens also attend to the prompts of the active adapters."""
         adapters, base_layer = self._adapters_in_use(), self.base_layer
-        arguments = self.signature.bind(args, kwargs)
-        cache = self.signature.find(Role.CACHE, arguments)
-        has_requests = is_paged(cache)
         if not adapters:
-            if has_requests and prompts_in_cache(cache) is not None:
-                self._put_in_front_of_requests(cache, None)
-            elif self.site.kind == "textual":
-                cache_first_tokens(base_layer, self.site.path, self.signature, args, kwargs)
+            if self.site.kind == "textual":
+                paged = next(filter(is_paged, (*args, *kwargs.values())), None)
+                if paged is None:
+                    cache_first_tokens(base_layer, self.site.path, self.signature, args, kwargs)
+                elif prompts_in_cache(paged) is not None:
+                    self._put_in_front_of_requests(paged, None)
             return base_layer.call_without_adapters(*args, **kwargs)
+        arguments = self.signature.bind(args, kwargs)
+        has_requests = is_paged(self.signature.find(Role.CACHE, arguments))
         extend_attention_function(base_layer, self.site.path, has_requests)
         check_call(self.signature, arguments, base_layer, self.site.path)
         # Packed images share one set of prompt rows, even if attention is computed image by image.
