@@ -60,6 +60,16 @@ def check_saving(peft_model, folder):
     assert texts[0] == texts[1]
 
 
+def adapt_and_compile(parts, compile_parts, before):
+    model = make_llava()
+    if before:
+        compile_parts(model, PARTS[parts])
+    peft_model = adapt(model, connector_rank=4)
+    if not before:
+        compile_parts(model, PARTS[parts])
+    return peft_model
+
+
 @pytest.mark.parametrize(
     "parts, compile_parts, before",
     [
@@ -70,17 +80,11 @@ def check_saving(peft_model, folder):
         ("pieces", compile_in_place, True),
     ],
 )
-def test_compiled_parts(tmp_path, parts, compile_parts, before):
-    paths = PARTS[parts]
+def test_training_and_saving(tmp_path, parts, compile_parts, before):
     expected = adapt(make_llava(), connector_rank=4)
     expected_output = expected(**INPUTS)
     expected_output.loss.backward()
-    model = make_llava()
-    if before:
-        compile_parts(model, paths)
-    peft_model = adapt(model, connector_rank=4)
-    if not before:
-        compile_parts(model, paths)
+    peft_model = adapt_and_compile(parts, compile_parts, before)
     output = peft_model(**INPUTS)
     torch.testing.assert_close(output.logits, expected_output.logits, atol=1e-4, rtol=1e-4)
     output.loss.backward()
@@ -88,6 +92,19 @@ def test_compiled_parts(tmp_path, parts, compile_parts, before):
     for parameter, gradient in zip(trained_by(peft_model).values(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
     check_saving(peft_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "parts, compile_parts, before",
+    [("nested", wrap, True), ("towers", wrap, False), ("pieces", compile_in_place, True)],
+)
+@torch.no_grad()
+def test_loading_and_unloading(tmp_path, parts, compile_parts, before):
+    paths = PARTS[parts]
+    expected = adapt(make_llava(), connector_rank=4)
+    expected_output = expected(**INPUTS)
+    expected.save_pretrained(tmp_path / "saved")
+    peft_model = adapt_and_compile(parts, compile_parts, before)
     other = make_llava() if before else compile_parts(make_llava(), paths)
     loaded = PeftModel.from_pretrained(other, tmp_path / "saved")
     torch.testing.assert_close(loaded(**INPUTS).logits, expected_output.logits, atol=1e-4, rtol=1e-4)
