@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=Path(__file__).parents[1] / "results" / "study",
         help="Where each run writes its file (default: %(default)s).",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="Where models compute.")
     parser.add_argument("--check", action="store_true", help="All of it in a minute, on toys: it says nothing.")
     options = parser.parse_args(arguments)
     quickstart.quiet()
@@ -48,10 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.check:
             with tempfile.TemporaryDirectory() as folder:
-                check.run(Path(folder))
+                check.run(Path(folder), options.device)
             return
         study = Study(
-            {name: TASKS[name](options.cache_dir) for name in options.base}, options.results, tuple(options.methods)
+            {name: TASKS[name](options.cache_dir) for name in options.base},
+            options.results,
+            tuple(options.methods),
+            device=options.device,
         )
         for stage in options.stages or ("search", "final"):
             do(stage, study)

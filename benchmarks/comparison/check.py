@@ -88,7 +88,7 @@ def _toy_llava(vocab_size: int) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def toy_study(folder: Path, base: str) -> Study:
+def toy_study(folder: Path, base: str, device: str = "cpu") -> Study:
     """A study of one toy, with experiments of its own."""
     experiments = folder / "experiments"
     for method in METHODS[base]:
@@ -101,13 +101,13 @@ def toy_study(folder: Path, base: str) -> Study:
     default = json.loads((FOLDER / base / "default_training_params.json").read_text())
     (experiments / base / "default_training_params.json").write_text(json.dumps({**default, **TRAINING}))
     task = {"a": ToyHandwriting, "b": ToyClothing}[base](folder / "cache")
-    return Study({base: task}, folder / "results", experiments=experiments)
+    return Study({base: task}, folder / "results", experiments=experiments, device=device)
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, device: str) -> None:
     """Every stage, with each toy."""
     for base in METHODS:
-        study = toy_study(folder, base)
+        study = toy_study(folder, base, device)
         study.search()
         study.choose()
         study.final()

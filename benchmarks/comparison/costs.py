@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
@@ -41,25 +42,24 @@ def measure(study: Study, num_steps: int = 12) -> None:
             if not file.exists() and experiment.training.num_steps:
                 task.base(0)
                 with processes.Pool(1) as pool:
-                    write_json(file, pool.apply(costs_of, (task, experiment, num_steps)))
+                    write_json(file, pool.apply(costs_of, (task, experiment, num_steps, study.device)))
 
 
-def costs_of(task: Task, experiment: Experiment, num_steps: int) -> dict[str, Any]:
+def costs_of(task: Task, experiment: Experiment, num_steps: int, device: str) -> dict[str, Any]:
     """Seconds of a step, bytes that training adds at its peak, bytes of what is saved."""
-    learner = adapt(task, experiment, seed=0)
+    learner = adapt(task, experiment, 0, device)
     pictures = learner.prepare(task.split(0)["train"])
-    _forget_peak()
-    before = _memory("VmRSS")
+    before = _forget_peak(device)
     times = [time.perf_counter()]
     few = replace(experiment.training, num_steps=num_steps)
     train(learner, pictures, task.tuned, few, 1e-6, 0, lambda: times.append(time.perf_counter()))
-    peak = _memory("VmHWM") - before
+    peak = _peak(device) - before
     return {
         "method": experiment.name,
         "seconds": median(end - start for start, end in islice(zip(times, times[1:]), 1, None)),
         "peak_bytes": peak,
         "file_bytes": _saved_bytes(learner),
-        "machine": describe_machine("cpu"),
+        "machine": describe_machine(device),
     }
 
 
@@ -72,9 +72,17 @@ def _saved_bytes(learner: Learner) -> int:
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _forget_peak() -> None:
-    # Loading a model takes more than it leaves, which is not what training costs.
+def _forget_peak(device: str) -> int:
+    """Forgets the peak, since loading a model takes more than it leaves. Returns the bytes in use."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _memory("VmHWM")
 
 
 def _memory(field: str) -> int:

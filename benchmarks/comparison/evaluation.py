@@ -13,7 +13,8 @@ from .learner import Learner
 from .tasks import Instruction, Pictures
 
 
-BATCH_SIZE = 50
+# Pictures at once. What a GPU does for each of them costs less than what starts it.
+BATCH_SIZES = {"cpu": 50, "cuda": 250}
 NOTHING = "-"
 
 
@@ -40,10 +41,11 @@ def examine(
         cross-entropy of the right one; and which one it says without a picture ("blind").
     """
     records = {one.name: _Record(one, pictures) for one in instructions}
-    for start in range(0, len(pictures), BATCH_SIZE):
+    batch_size = BATCH_SIZES[learner.device.type]
+    for start in range(0, len(pictures), batch_size):
         asked = [record for record in records.values() if start < record.num_pictures]
         if asked:
-            part = pictures.images[start : start + BATCH_SIZE]
+            part = pictures.images[start : start + batch_size]
             cache = learner.look(part, len(part))
             for record in asked:
                 record.add(*learner.judge(cache, record.instruction.question, record.candidates))
@@ -103,10 +105,11 @@ def _letters(likelihoods: torch.Tensor, greedy: torch.Tensor) -> tuple[str, str]
 def remember(learner: Learner, pictures: Pictures, question: str) -> dict[str, Any]:
     """What is left of what the base model learned: which answers are right word for word, and their cross-entropy."""
     right, entropies = [], []
-    for start in range(0, len(pictures), BATCH_SIZE):
-        part = pictures.take(range(start, min(start + BATCH_SIZE, len(pictures))))
+    batch_size = BATCH_SIZES[learner.device.type]
+    for start in range(0, len(pictures), batch_size):
+        part = pictures.take(range(start, min(start + batch_size, len(pictures))))
         logits, tokens, samples = learner.answer_logits(part.images, [(question, label) for label in part.labels])
-        zeros = torch.zeros(len(part))
+        zeros = torch.zeros(len(part), device=learner.device)
         hits = (logits.argmax(-1) == tokens).float()
         right += zeros.scatter_reduce(0, samples, hits, "prod", include_self=False).int().tolist()
         losses = nn.functional.cross_entropy(logits, tokens, reduction="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -20,6 +21,22 @@ def appearing(folder: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         new.rename(folder)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[bool]:
+    """Keeps a file to this process, or says that another one has it. The file is there no longer than needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -33,6 +35,7 @@ class Learner:
         adapted: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.device = model.device
         self.tokenizer = tokenizer
         self.template = template
         # Nothing here has dropout, and frozen towers are to stay as they are.
@@ -45,18 +48,19 @@ class Learner:
 
     def ids(self, text: str) -> torch.Tensor:
         """The tokens of a text, without those that a tokenizer adds: `(number,)`."""
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0].long()
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0].long().to(self.device)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(ids)
 
     def prepare(self, pictures: Pictures) -> Pictures:
         """Pictures as they are needed: features for the connector, if training does not change those."""
+        pictures = replace(pictures, images=pictures.images.to(self.device))
         if self.sees_anew:
             return pictures
         with torch.no_grad():
             features = [self.features(part) for part in pictures.images.split(100)]
-        return Pictures(torch.cat(features), pictures.labels, pictures.num_views)
+        return replace(pictures, images=torch.cat(features))
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the connector reads of images."""
@@ -121,8 +125,10 @@ class Learner:
         rows = [torch.cat(pair) for pair in zip(questions, answers)]
         # Nothing sees what stands behind it, so padding may be anything.
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        positions = torch.arange(ids.shape[1])
-        starts, ends = (torch.tensor([len(row) for row in part])[:, None] for part in (questions, rows))
+        positions = torch.arange(ids.shape[1], device=self.device)
+        starts, ends = (
+            torch.tensor([len(row) for row in part], device=self.device)[:, None] for part in (questions, rows)
+        )
         answered = ((positions >= starts) & (positions < ends))[:, 1:]
         cache = self.empty_cache(len(items)) if self.has_prefix else None
         embeddings = torch.cat([self.opening(images, len(items)), self.embed(ids)], dim=1)
@@ -162,4 +168,4 @@ class Learner:
             likelihoods.append(chosen.sum(1))
             greedy.append((logits.argmax(-1) == ids).all(1))
         cache.crop(before - behind)
-        return torch.stack(likelihoods, dim=1), torch.stack(greedy, dim=1)
+        return torch.stack(likelihoods, dim=1).cpu(), torch.stack(greedy, dim=1).cpu()

@@ -58,18 +58,24 @@ class Run:
         return results / self.base / self.kind / f"{method}--{self.lr:g}--{self.seed}.json"
 
 
-def adapt(task: Task, experiment: Experiment, seed: int) -> Learner:
-    """The base model of a seed, adapted. Frozen towers are in the task's dtype, what is trained is in float32."""
+def adapt(task: Task, experiment: Experiment, seed: int, device: str) -> Learner:
+    """
+    The base model of a seed, adapted, on a device ("cpu" or "cuda"). Frozen towers are in the task's dtype, what is
+    trained is in float32, and starts as the same numbers on every device.
+    """
     folder = task.base(seed)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     for tower in (model.model.vision_tower, model.model.language_model, model.lm_head):
         tower.to(task.dtype)
     model.tie_weights()
     torch.manual_seed(seed)
-    return Learner(model, AutoTokenizer.from_pretrained(folder), task.template, experiment.adapt(model))
+    adapted = experiment.adapt(model).to(device)
+    return Learner(model, AutoTokenizer.from_pretrained(folder), task.template, adapted)
 
 
-def run(settings: Run, task: Task, experiment: Experiment, say: Callable[[str], object]) -> dict[str, Any]:
+def run(
+    settings: Run, task: Task, experiment: Experiment, device: str, say: Callable[[str], object]
+) -> dict[str, Any]:
     """
     Does a run.
 
@@ -78,6 +84,8 @@ def run(settings: Run, task: Task, experiment: Experiment, say: Callable[[str], 
             The run.
         task ([`Task`]), experiment ([`Experiment`]):
             Those that it names.
+        device (`str`):
+            "cpu" or "cuda".
         say (`Callable`):
             Told from time to time how far it is.
 
@@ -86,7 +94,7 @@ def run(settings: Run, task: Task, experiment: Experiment, say: Callable[[str], 
     """
     start = time.perf_counter()
     training = experiment.training
-    learner = adapt(task, experiment, settings.seed)
+    learner = adapt(task, experiment, settings.seed, device)
     parts = task.split(settings.seed)
     pictures = learner.prepare(parts["train"])
     steps = iter(range(1, training.num_steps + 1))
@@ -120,7 +128,7 @@ def run(settings: Run, task: Task, experiment: Experiment, say: Callable[[str], 
             "losses": losses,
             "metrics": metrics,
         },
-        "meta_info": describe_machine("cpu"),
+        "meta_info": describe_machine(device),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .choosing import choose, next_runs, refuse_unless_chosen
 from .experiments import FOLDER, Experiment, experiments_of
-from .folders import write_json
+from .folders import locked, write_json
 from .run import FINAL, Run, run
 from .tasks import Task
 
@@ -32,12 +33,15 @@ class Study:
             Only these, "METHOD" or "METHOD/VARIANT".
         experiments (`Path`, *optional*):
             Where the experiments of all bases are.
+        device (`str`, defaults to `"cpu"`):
+            Where models compute: "cpu" or "cuda".
     """
 
     tasks: dict[str, Task]
     results: Path
     methods: tuple[str, ...] = ()
     experiments: Path = FOLDER
+    device: str = "cpu"
 
     def search(self) -> None:
         """Tries learning rates, more of them where the best one lies at an end."""
@@ -74,10 +78,24 @@ class Study:
     def _do(self, missing: Callable[[], list[Run]]) -> None:
         with tqdm(unit="run", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
             while runs := missing():
-                bar.total = bar.n + len(runs)
-                bar.set_postfix_str(f"{self._estimate(runs)}: {runs[0]}")
-                self._do_one(runs[0], bar)
-                bar.update()
+                with self._claimed(runs) as one:
+                    if one is None:
+                        return
+                    bar.total = bar.n + len(runs)
+                    bar.set_postfix_str(f"{self._estimate(runs)}: {one}")
+                    self._do_one(one, bar)
+                    bar.update()
+
+    @contextmanager
+    def _claimed(self, runs: list[Run]) -> Iterator[Run | None]:
+        """The first of the runs that no other process is doing, kept from others meanwhile. `None`: there is none."""
+        for one in runs:
+            with locked(one.file(self.results).with_suffix(".lock")) as is_mine:
+                # Another process may have done it since these were listed.
+                if is_mine and not one.file(self.results).exists():
+                    yield one
+                    return
+        yield None
 
     def _do_one(self, settings: Run, bar: tqdm) -> None:
         [experiment] = experiments_of(settings.base, [settings.method], self.experiments)
@@ -87,7 +105,7 @@ class Study:
             # Shows it, if the last time was long enough ago.
             bar.update(0)
 
-        result = run(settings, self.tasks[settings.base], experiment, say)
+        result = run(settings, self.tasks[settings.base], experiment, self.device, say)
         write_json(settings.file(self.results), result)
         losses = result["train_info"]["losses"][-25:]
         tqdm.write(

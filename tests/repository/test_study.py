@@ -16,7 +16,7 @@ from benchmarks.comparison.clothing import INSTRUCTIONS
 from benchmarks.comparison.contrasts import CONTRASTS, CONTROLLED, DEFAULT
 from benchmarks.comparison.costs import costs_of
 from benchmarks.comparison.experiments import FOLDER, Experiment, Training, experiments_of
-from benchmarks.comparison.folders import appearing, write_json
+from benchmarks.comparison.folders import appearing, locked, write_json
 from benchmarks.comparison.handwriting import Handwriting, _pictures, digits, tiny_llava, vqa
 from benchmarks.comparison.intervals import holm, interval, p_value, resampled_means
 from benchmarks.comparison.learner import Learner
@@ -274,7 +274,12 @@ class TestStudy:
             patch.setattr("benchmarks.comparison.study.run", stop)
             with pytest.raises(KeyboardInterrupt):
                 study.final()
-        assert not (study.results / "b" / FINAL).exists()
+        assert list((study.results / "b" / FINAL).iterdir()) == []
+        # What another process is doing is left to it.
+        held = study.finals()[0]
+        with locked(held.file(study.results).with_suffix(".lock")):
+            study.final()
+        assert len(list(study.results.glob("b/final/*"))) == 5 and not held.file(study.results).exists()
         study.final()
 
         files = {file: file.stat().st_mtime_ns for file in study.results.glob("b/final/*.json")}
@@ -292,7 +297,7 @@ class TestStudy:
         assert list(asked) == [one.name for one in INSTRUCTIONS]
         assert len(asked["name"]["said"]) == 30 and asked["name of a drawing"]["num_views"] == 3
 
-        costs = costs_of(study.tasks["b"], study.of("b")[1], num_steps=3)
+        costs = costs_of(study.tasks["b"], study.of("b")[1], 3, "cpu")
         assert costs["method"] == "full/connector"
         assert min(costs["seconds"], costs["file_bytes"]) > 0 <= costs["peak_bytes"]
 
