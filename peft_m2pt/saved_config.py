@@ -98,6 +98,11 @@ class SavedConfig(PeftConfig):
         hub_arguments, *_ = cls._split_kwargs(dict(kwargs))
         with name_damaged_file(pretrained_model_name_or_path, "adapter_config.json", unless=_MissingPeftType):
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            if config.peft_type != "M2PT":
+                raise ValueError(
+                    f"It has peft_type={config.peft_type.value!r}, so this is not an M2PT adapter. Use PeftConfig for "
+                    f"adapters of other methods."
+                )
             if isinstance(config.exclude_modules, str):
                 raise ValueError(
                     f"exclude_modules={config.exclude_modules!r} is a regular expression, and one from an untrusted "

@@ -30,6 +30,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 # batching.
 CONTINUOUS_BATCHING = "init_continuous_batching"
 
+# Its argument for the options.
+BATCHING_CONFIG = "continuous_batching_config"
+
+# Methods of the manager that it returns: the body of the worker's loop, the forward pass in it, and the one that makes
+# the cache.
+BATCHING_LOOP = "_generation_loop_body"
+BATCHING_STEP = "_generation_step"
+BATCHING_PROCESSOR = "_create_batch_processor"
 
 # Before, attention functions reach paged caches in other ways.
 LOWEST_CONTINUOUS_BATCHING = "5.19"

@@ -10,7 +10,7 @@ import torch
 from helpers.models import adapt, make_inputs, make_llava, without_labels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from peft_m2pt import M2PTConfig
@@ -155,6 +155,14 @@ def test_config(base, folder, field, value, message):
     change_config(folder, **{field: value})
     with pytest.raises(ValueError, match=f"(?s){message}"):
         base.load(folder)
+
+
+def test_the_config_of_another_method(tmp_path):
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    message = "It has peft_type='LORA', so this is not an M2PT adapter. Use PeftConfig for adapters of other methods."
+    with pytest.raises(AdapterFileError, match=message):
+        M2PTConfig.from_pretrained(tmp_path)
+    assert isinstance(PeftConfig.from_pretrained(tmp_path), LoraConfig)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"peft_type": "M2PT"', b"[" * 100_000])

@@ -47,7 +47,6 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import M2PTConfig, upstream
 from peft_m2pt.attention.cached_first_tokens import UPDATES
-from peft_m2pt.hooks.continuous_batching import LOOP, PROCESSOR, STEP
 
 
 class TestTransformers:
@@ -200,10 +199,11 @@ class TestTransformers:
 @pytest.mark.skipif(not upstream.has_known_continuous_batching(), reason="continuous batching is refused")
 class TestContinuousBatching:
     def test_the_worker(self):
-        loop = inspect.signature(getattr(ContinuousBatchingManager, LOOP)).parameters
+        loop = inspect.signature(getattr(ContinuousBatchingManager, upstream.BATCHING_LOOP)).parameters
         assert list(loop)[:2] == ["self", "batch_processor"], "the loop of the worker is another"
         source = inspect.getsource(ContinuousBatchingManager)
-        assert all(f"self.{name}(" in source for name in (LOOP, PROCESSOR, STEP)), "the worker goes other ways"
+        methods = (upstream.BATCHING_LOOP, upstream.BATCHING_PROCESSOR, upstream.BATCHING_STEP)
+        assert all(f"self.{name}(" in source for name in methods), "the worker goes other ways"
         assert "self.input_queue.put(" in source, "requests come in another way"
         assert {"fail_all_requests", "reset", "has_pending_requests"} <= set(dir(ContinuousBatchProcessor))
         assert hasattr(OutputRouter, "fail_and_deliver") and hasattr(PagedAttentionCache, "evict_cached_blocks")

@@ -1,10 +1,10 @@
 """
-Prompts in continuous batching, where the tokens of several requests share one row, and their keys and values are in a
-paged cache.
+Prompts in continuous batching, which packs the tokens of several requests into one row and keeps their keys and values
+in a paged cache.
 
-Every request starts at position 0, so the same keys and values of prompts stand in front of each, at positions
--n ... -1. Attention with a mask sees them once for all requests; flash attention needs them in front of each. They
-never go into the cache.
+Every request starts at position 0, so the keys and values of prompts, at positions -n ... -1, are the same for all of
+them. Attention with a mask takes them once for all requests, flash attention in front of each. The cache never holds
+them.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .first_tokens import FirstTokens, Positions, differ_from_first, position_te
 from .prompt_kv import PromptKV
 
 
-# Under this name, a paged cache carries what stands in front of its requests.
+# The attribute of a paged cache that holds the prompts of its requests.
 PROMPTS = "m2pt_prompts"
 
 
 def prompts_in_cache(cache: Any, make: bool = False) -> dict[str, Any] | None:
     """
-    What each attention module has put in front of the requests in a paged cache, by module path.
+    The prompts that each attention module has put in front of the requests in a paged cache, by module path.
 
     Args:
         cache (`Any`):
             The paged cache.
         make (`bool`, defaults to `False`):
-            Whether to make a place for it. The caller makes sure that a refusal ends requests, not the worker.
+            Whether to let the cache hold prompts. The caller makes sure that a refusal does not stop the worker.
 
     Returns:
-        `dict[str, Any]`, or `None` if there is no place for it.
+        `dict[str, Any]`, or `None` if the cache may not hold prompts.
     """
     if make and not hasattr(cache, PROMPTS):
         setattr(cache, PROMPTS, {})
@@ -59,14 +59,14 @@ def check_requests(
         path (`str`):
             Its module path, for the error message.
         signature ([`~peft_m2pt.anatomy.arguments.Signature`]):
-            What its arguments are.
+            The roles of its arguments.
         arguments (`dict[str, Any]`):
-            Its arguments for the tokens of all requests.
+            Its arguments in this call.
         rotary ([`~peft_m2pt.anatomy.rotary.Rotary`], *optional*):
             The rotary embedding, if there is one outside of the attention module.
 
     Raises:
-        UnsupportedModelError: If they have others, or if the decode fast path is used.
+        UnsupportedModelError: If there are other positions, or if the decode fast path is used.
     """
     if arguments.get("block_table") is not None:
         raise UnsupportedModelError(
@@ -87,7 +87,7 @@ def check_requests(
     )
     is_wrong = differ_from_first(given, expected)
     if not are_all:
-        # Tokens outside of the sliding window are not counted. Those requests were checked when they were shorter.
+        # Lengths leave out tokens beyond the sliding window. Such requests were checked when they were shorter.
         is_wrong = is_wrong & (num_before < local_reach(attention)[0] - 1)[requests]
     if bool(is_wrong.any() | (boundaries[-1] != len(columns))):
         raise UnsupportedModelError(
@@ -97,7 +97,7 @@ def check_requests(
     _checked[source] = True
 
 
-# The positions that earlier layers have checked. Models make them anew in every forward pass.
+# Positions that an earlier layer has checked. Models compute them anew in every forward pass.
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -114,7 +114,7 @@ def first_token_of_requests(
 def _positions(
     signature: Signature, given: Positions, tokens: torch.Tensor, positions: torch.Tensor, rotary: Rotary | None
 ) -> Positions:
-    """What the arguments that carry positions are for tokens at these, of shape `(1, length)`."""
+    """The values of the arguments that carry positions, for tokens at `positions`, of shape `(1, length)`."""
     return {
         name: rotary(tokens, positions)
         if signature.roles[name] is Role.ROTATIONS

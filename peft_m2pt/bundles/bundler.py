@@ -91,7 +91,7 @@ def bundle(
 
     Raises:
         BundleError: If the two do not belong together, or cannot be bundled exactly.
-        AdapterFileError: If a file of the adapter is damaged.
+        AdapterFileError: If a file of the adapter is damaged, or if it is the adapter of another method.
         OSError: If something cannot be downloaded or written.
 
     Example:
@@ -137,7 +137,7 @@ def _collect(
     base: str, adapter: str, revision: str | None, adapter_revision: str | None, adapter_subfolder: str | None
 ) -> _Parts:
     adapter_folder = fetch_adapter(adapter, adapter_revision, adapter_subfolder)
-    config = _read_adapter_config(adapter_folder)
+    config = M2PTConfig.from_pretrained(str(adapter_folder))
     base_folder = fetch_base(base, _resolve_revision(config, base, revision))
     files = list(find_files(base_folder))
     _check_base(config, base, base_folder, files)
@@ -167,13 +167,6 @@ def _write(folder: Path, parts: _Parts, copy: bool) -> None:
     # Last, since the folder is no model without it.
     config = make_bundle_config(read_json(parts.base_folder / "config.json"))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_adapter_config(folder: Path) -> M2PTConfig:
-    method = read_json(folder / CONFIG_NAME).get("peft_type")
-    if method != "M2PT":
-        raise BundleError(f"peft_type={method!r} in {folder / CONFIG_NAME}: this is not an M2PT adapter.")
-    return M2PTConfig.from_pretrained(str(folder))
 
 
 def _resolve_revision(config: PeftConfig, base: str, revision: str | None) -> str | None:

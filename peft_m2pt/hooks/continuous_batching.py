@@ -20,28 +20,28 @@ from transformers import ContinuousBatchingConfig
 from ..attention.paged import prompts_in_cache
 from ..errors import M2PTError, UnsupportedModelError
 from ..layers.attention import M2PTAttention
-from ..upstream import CONTINUOUS_BATCHING, LOWEST_CONTINUOUS_BATCHING, has_known_continuous_batching
+from ..upstream import (
+    BATCHING_CONFIG,
+    BATCHING_LOOP,
+    BATCHING_PROCESSOR,
+    BATCHING_STEP,
+    CONTINUOUS_BATCHING,
+    LOWEST_CONTINUOUS_BATCHING,
+    has_known_continuous_batching,
+)
 from .refused_methods import ReplacedMethod
 
 
-# Options with which prompts, or a change of them, could be ignored: the value to use instead, and the reason.
+# Options under which prompts, or a change of them, could be ignored: the value to use instead, and the reason.
 REFUSED_OPTIONS: dict[str, tuple[Any, str]] = {
     "use_cuda_graph": (False, "a captured graph would not see a change of prompts"),
     "varlen_compile_config": (None, "a compiled step would not see a change of prompts"),
     "decode_compile_config": (None, "a compiled step would not see a change of prompts"),
     "default_compile_level": (0, "a compiled step would not see a change of prompts"),
     "max_blocks_per_request": (0, "the decode fast path reads keys from pages in which no prompts are"),
-    "use_async_batching": (False, "a request that is refused would have been counted in the next batch"),
+    "use_async_batching": (False, "the next batch would already hold a request that is then refused"),
 }
 
-
-# Methods of a manager: the body of its worker's loop, the forward pass in it, and what makes the cache.
-LOOP = "_generation_loop_body"
-STEP = "_generation_step"
-PROCESSOR = "_create_batch_processor"
-
-# The argument with the options.
-CONFIG = "continuous_batching_config"
 
 # Fields of configs with the ids of placeholder tokens.
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -49,14 +49,14 @@ IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_
 
 def supervise_continuous_batching(model: nn.Module) -> list[ReplacedMethod]:
     """
-    Lets requests of continuous batching have the textual prompts of a model.
+    Makes continuous batching use the textual prompts of a model.
 
     Args:
         model (`nn.Module`):
             The model.
 
     Returns:
-        `list[ReplacedMethod]`: Empty if the model has no continuous batching, or does so already.
+        `list[ReplacedMethod]`: The replaced method. Empty if the model has none, or if it is replaced already.
     """
     is_needed = hasattr(type(model), CONTINUOUS_BATCHING) and CONTINUOUS_BATCHING not in vars(model)
     function = partial(_init_continuous_batching, model)
@@ -75,18 +75,18 @@ def _init_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> An
             )
         return method(model, *args, **kwargs)
     call = inspect.signature(method).bind(model, *args, **kwargs)
-    config = call.arguments.get("continuous_batching_config")
+    config = call.arguments.get(BATCHING_CONFIG)
     if config is None:
         generation_config = call.arguments.get("generation_config") or model.generation_config
-        config = getattr(generation_config, CONFIG, None) or ContinuousBatchingConfig()
-    call.arguments[CONFIG] = _without_refused_options(model, config)
+        config = getattr(generation_config, BATCHING_CONFIG, None) or ContinuousBatchingConfig()
+    call.arguments[BATCHING_CONFIG] = _without_refused_options(model, config)
     manager = method(*call.args, **call.kwargs)
     _supervise(manager, model, path)
     return manager
 
 
 def _layers(model: nn.Module) -> Sequence[M2PTAttention]:
-    """The attention modules of the language model that adapters have prompts in."""
+    """The adapted attention modules of the language model."""
     return [
         module for module in model.modules() if isinstance(module, M2PTAttention) and module.site.kind == "textual"
     ]
@@ -97,7 +97,7 @@ def _path_in_use(model: nn.Module) -> str | None:
 
 
 def _without_refused_options(model: nn.Module, config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
-    """Switches off options that transformers chooses by default. Those that were asked for are refused."""
+    """Turns off options that transformers would turn on by default, and refuses those that the user has turned on."""
     config = copy.copy(config)
     for name, (value, reason) in REFUSED_OPTIONS.items():
         given = getattr(config, name, None)
@@ -111,8 +111,8 @@ def _without_refused_options(model: nn.Module, config: ContinuousBatchingConfig)
 
 
 def _supervise(manager: Any, model: nn.Module, path: str | None) -> None:
-    """Lets requests of a manager have prompts, and refusals end requests instead of its worker."""
-    if LOOP in vars(manager):
+    """Makes the requests of a manager use prompts, and refusals fail requests instead of stopping the worker."""
+    if BATCHING_LOOP in vars(manager):
         return
     if manager.batch_processor is not None:
         if path is not None:
@@ -121,9 +121,9 @@ def _supervise(manager: Any, model: nn.Module, path: str | None) -> None:
                 f"at '{path}'. Call model.destroy_cached_continuous_batching_manager() first."
             )
         return
-    setattr(manager, LOOP, partial(_run_loop, getattr(manager, LOOP), model))
-    setattr(manager, STEP, partial(_run_step, getattr(manager, STEP), manager, model))
-    setattr(manager, PROCESSOR, partial(_make_processor, getattr(manager, PROCESSOR)))
+    setattr(manager, BATCHING_LOOP, partial(_run_loop, getattr(manager, BATCHING_LOOP), model))
+    setattr(manager, BATCHING_STEP, partial(_run_step, getattr(manager, BATCHING_STEP), manager, model))
+    setattr(manager, BATCHING_PROCESSOR, partial(_make_processor, getattr(manager, BATCHING_PROCESSOR)))
     manager.input_queue.put = partial(_take_request, manager.input_queue.put, manager, model)
 
 
@@ -160,7 +160,7 @@ def _run_step(run: Callable[[], None], manager: Any, model: nn.Module) -> None:
 
 
 def _forget(cache: Any) -> None:
-    """Empties a paged cache without running requests: texts that new requests share with former ones, too."""
+    """Empties a paged cache that serves no request, including the blocks that it keeps for requests to share."""
     cache.evict_cached_blocks()
     prompts_in_cache(cache).clear()
 
@@ -172,8 +172,7 @@ def _take_request(put: Callable, manager: Any, model: nn.Module, state: Any, *ar
     if path is None:
         return put(state, *args, **kwargs)
     error = UnsupportedModelError(
-        f"The request {state.request_id!r} has the token {found}, which stands for an image, but continuous batching "
-        f"takes no images, so the M2PT prompts of {type(model).__name__} at '{path}' would see none. Use "
-        f"generate(...)."
+        f"The request {state.request_id!r} has the image token {found}, but continuous batching takes no images, so "
+        f"the M2PT prompts of {type(model).__name__} at '{path}' would see none. Use generate(...)."
     )
     manager.output_router.fail_and_deliver(state, error)

@@ -8,8 +8,8 @@ M2PT as an adapter of axolotl, chosen in its YAML:
       num_visual_tokens: 20
       num_textual_tokens: 10
 
-`lora_modules_to_save` and `lora_model_dir` mean what they mean for LoRA: modules that are trained besides, and a saved
-adapter to go on with, whose own config counts.
+`lora_modules_to_save` and `lora_model_dir` mean what they mean for LoRA: modules to train in addition, and a saved
+adapter to continue, whose config is used instead of `m2pt`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from peft_m2pt import M2PTConfig
 
 
 def make_config(options: dict[str, Any]) -> M2PTConfig:
-    """Makes the config of an adapter of the options of axolotl."""
+    """Makes the config of a new adapter from the options of axolotl."""
     modules = options.get("lora_modules_to_save")
     return M2PTConfig(**(options.get("m2pt") or {}), **({"modules_to_save": modules} if modules else {}))
 
 
 class M2PTArgs(BaseModel):
     """
-    What the plugin adds to the options of axolotl.
+    The options that the plugin adds to those of axolotl.
 
     Args:
         m2pt (`dict[str, Any]`, *optional*):
@@ -80,13 +80,13 @@ class M2PTPlugin(BasePlugin):
             return None
         if config_only and cfg.lora_model_dir:
             raise ValueError(
-                f"axolotl makes a new adapter for rl: {cfg.rl}, and would leave lora_model_dir={cfg.lora_model_dir!r} "
-                f"out. Train without rl, or without lora_model_dir."
+                f"With rl: {cfg.rl}, axolotl makes a new adapter and would ignore "
+                f"lora_model_dir={cfg.lora_model_dir!r}. Train without rl, or without lora_model_dir."
             )
         config = make_config(cfg)
         if config_only:
             return None, config
-        # As axolotl does for LoRA, where it leaves the default to PEFT.
+        # As axolotl does for LoRA: if it is not set, PEFT has the default.
         autocast = cfg.peft_autocast_adapter_dtype
         kwargs = {} if autocast is None else {"autocast_adapter_dtype": autocast}
         if cfg.lora_model_dir:
@@ -98,8 +98,8 @@ class M2PTPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: Any) -> None:
         """
-        Removes the config of the base model, which axolotl writes beside the adapter. transformers takes a folder with
-        a config for a complete model, and would look for weights of the base in it.
+        Removes the config of the base model, which axolotl writes beside the adapter. With it, transformers would take
+        the folder for a complete model and look for the weights of the base model in it.
         """
         folder = Path(cfg.output_dir)
         has_adapter = cfg.adapter == "m2pt" and (folder / "adapter_config.json").exists()

@@ -1,8 +1,8 @@
 """
 M2PT in lmms-eval: `lmms_eval --model m2pt --model_args model=llava_hf,pretrained=BASE,adapter=ADAPTER`.
 
-lmms-eval finds it by an entry point of the group `lmms_eval.models`. Any of its models that holds a model of
-transformers is built as lmms-eval would build it, and then gets the adapter.
+lmms-eval finds this model by an entry point of the group `lmms_eval.models`. It stands for any model of lmms-eval that
+runs a model of transformers: lmms-eval builds that one, which then gets the adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEEDED = ("model", "pretrained", "adapter")
 
 class M2PT(lmms):
     """
-    Any model of lmms-eval, with an M2PT adapter. Made by [`create_from_arg_string`] alone, which returns that model.
+    Any model of lmms-eval with an M2PT adapter. [`create_from_arg_string`] returns that model itself.
     """
 
     is_simple = False
@@ -42,26 +42,25 @@ class M2PT(lmms):
         Args:
             arg_string (`str`):
                 `model`: the name that lmms-eval has for the model, such as "llava_hf". `pretrained`: the base model.
-                `adapter`: a folder, or a repository of the Hub. All others are arguments of the model.
+                `adapter`: a folder, or the id of a repository on the Hub. The rest is passed to the model.
             additional_config (`dict[str, Any]`, *optional*):
-                More arguments of the model: those that lmms-eval has options for, such as `device`.
+                Arguments of the model that are options of lmms-eval, such as `device`.
 
         Returns:
             `lmms`: The model.
 
         Raises:
-            ValueError: If an argument is missing, or if it is none of a model, a base or an adapter with which this
-                works. The message names it.
+            ValueError: If an argument is missing, or if its value cannot be used. The message names it.
         """
         arguments = simple_parse_args_string(arg_string)
         if missing := [name for name in NEEDED if name not in arguments]:
             raise ValueError(
                 f"--model {NAME} lacks {', '.join(f'{name}=' for name in missing)}. It takes --model_args "
-                f"model=llava_hf,pretrained=BASE,adapter=ADAPTER, and what the model itself takes."
+                f"model=llava_hf,pretrained=BASE,adapter=ADAPTER, and the arguments of the model itself."
             )
         name, adapter = arguments.pop("model"), str(arguments.pop("adapter"))
         model_class = _find_class(name, cls.is_simple)
-        config = _read_config(adapter)
+        config = M2PTConfig.from_pretrained(adapter)
         _check_base(str(arguments["pretrained"]))
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
         # `dict` refuses an argument that is given twice.
@@ -71,13 +70,13 @@ class M2PT(lmms):
 
 
 class M2PTSimple(M2PT):
-    """The same for `--force_simple`: the model that makes prompts without a chat template of messages."""
+    """The same for `--force_simple`, with the model of lmms-eval that does not use a chat template."""
 
     is_simple = True
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval asks entry points for."""
+    """The function that the entry point names."""
     return ModelManifest(
         model_id=NAME,
         simple_class_path=f"{__name__}.{M2PTSimple.__name__}",
@@ -86,7 +85,7 @@ def manifest() -> ModelManifest:
 
 
 def _find_class(name: str, is_simple: bool) -> type[lmms]:
-    # lmms-eval imports this file while it imports that one.
+    # Not at the top, since that module of lmms-eval imports this one.
     from lmms_eval.models import get_model, list_available_models
 
     if name == NAME or name not in list_available_models(include_aliases=True):
@@ -95,16 +94,6 @@ def _find_class(name: str, is_simple: bool) -> type[lmms]:
             f"without M2PT, such as llava_hf; `lmms-eval models --aliases` lists them."
         )
     return get_model(name, force_simple=is_simple)
-
-
-def _read_config(adapter: str) -> M2PTConfig:
-    config = M2PTConfig.from_pretrained(adapter)
-    if config.peft_type != "M2PT":
-        raise ValueError(
-            f"adapter={adapter!r} has peft_type={str(config.peft_type.value)!r}, so it is not an M2PT adapter. "
-            f"lmms-eval takes adapters of other methods merged into the base model (merge_and_unload)."
-        )
-    return config
 
 
 def _check_base(base: str) -> None:
@@ -145,11 +134,14 @@ def _adapt_processors(processors: list[ProcessorMixin], name: str, config: M2PTC
 
 
 class _StopsWhenRefused:
-    """Stops the program: models of lmms-eval (llava_hf) log errors of `generate` and score an empty answer."""
+    """
+    Stops the program where M2PT refuses a call. Models of lmms-eval, such as llava_hf, would log the error and score
+    an empty answer.
+    """
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().generate(*args, **kwargs)
         except M2PTError as error:
-            # An `Exception` would be caught.
+            # Not an `Exception`, which they catch.
             sys.exit(f"error: {error}")

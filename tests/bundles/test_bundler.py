@@ -28,7 +28,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import peft_m2pt
 import peft_m2pt.bundles.bundler
-from peft_m2pt import BundleError
+from peft_m2pt import AdapterFileError, BundleError
 from peft_m2pt.tools import running
 from peft_m2pt.tools.cli import main
 
@@ -143,15 +143,16 @@ class TestProcessor:
 
 
 class TestRefused:
-    def check(self, base, adapter, output, message, **kwargs):
+    def check(self, base, adapter, output, message, error=BundleError, **kwargs):
         before = sorted(output.parent.iterdir())
-        with pytest.raises(BundleError, match=message):
+        with pytest.raises(error, match=message):
             peft_m2pt.bundle(base, adapter, output, **kwargs)
         assert sorted(output.parent.iterdir()) == before
 
     def test_an_adapter_of_another_method(self, base, tmp_path, output):
         get_peft_model(load_base(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-        self.check(base, tmp_path / "lora", output, r"peft_type='LORA' in .*: this is not an M2PT adapter")
+        message = r"adapter '.*lora' is wrong or damaged\. It has peft_type='LORA', so this is not an M2PT adapter"
+        self.check(base, tmp_path / "lora", output, message, AdapterFileError)
 
     def test_no_adapter(self, base, tmp_path, output):
         self.check(base, base, output, r"ADAPTER '.*base' has no adapter_config\.json")

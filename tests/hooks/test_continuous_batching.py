@@ -250,7 +250,7 @@ def test_an_adapter_switched_between_two_layers():
 def test_images_are_refused_for_their_request():
     model = adapt(make_llava())
     image, *others = generate_batch(model, [[5, IMAGE_TOKEN, 6], *REQUESTS])
-    assert f"has the token {IMAGE_TOKEN}, which stands for an image, but continuous batching takes no images" in image
+    assert f"has the image token {IMAGE_TOKEN}, but continuous batching takes no images" in image
     assert others == generate_each(model)
     with model.disable_adapter():
         assert isinstance(generate_batch(model, [[5, IMAGE_TOKEN, 6]])[0], list)

@@ -82,7 +82,7 @@ def test_config_for_preference_trainers(plugin):
     model, config = load(plugin, None, config_only=True)
     assert model is None and isinstance(config, M2PTConfig) and config.num_visual_tokens == 4
     with pytest.raises(
-        ValueError, match="new adapter for rl: dpo, and would leave lora_model_dir='x' out. Train with"
+        ValueError, match="With rl: dpo, axolotl makes a new adapter and would ignore lora_model_dir='x'. Train with"
     ):
         load(plugin, None, config_only=True, rl="dpo", lora_model_dir="x")
 

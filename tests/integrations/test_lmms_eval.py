@@ -218,7 +218,7 @@ def test_what_is_refused_while_answering_ends_the_program(create):
             "but FullyShardedDataParallel, so m2pt cannot put an adapter",
         ),
         ("model=bare,pretrained=base,adapter=in_image", "model='bare' has no processor of transformers"),
-        ("model=llava_hf,pretrained=base,adapter=lora", "adapter='lora' has peft_type='LORA', so it is not an M2PT"),
+        ("model=llava_hf,pretrained=base,adapter=lora", "It has peft_type='LORA', so this is not an M2PT"),
         ("model=llava_hf,pretrained=base,adapter=nowhere", "'adapter_config.json' of the adapter 'nowhere' is wrong"),
         ("model=llava_hf,pretrained=bundle,adapter=adapter", "pretrained='bundle' is a bundle, which has an adapter"),
     ],
