@@ -32,7 +32,7 @@ BOTH = (
     Contrast("Is M2PT better than the connector alone?", DEFAULT, "full/connector"),
     Contrast("Is M2PT better than LoRA of as many parameters?", DEFAULT, "lora/equal-size"),
     Contrast("Is LoRA with the connector better than M2PT?", "lora/connector", DEFAULT),
-    Contrast("Does a connector of low rank cost anything?", "m2pt/low-rank-connector", DEFAULT),
+    Contrast("Does a connector of rank 8 cost anything?", "m2pt/low-rank-connector", DEFAULT),
 )
 CONTRASTS = {
     "a": (
@@ -42,7 +42,7 @@ CONTRASTS = {
             "Is tuning the gate and up projections better than tuning attention?", "full/gate-up", "full/attention"
         ),
     ),
-    "b": BOTH,
+    "b": (*BOTH, Contrast("Does a connector of rank 64 cost anything?", "m2pt/connector-rank-64", DEFAULT)),
 }
 
 # Of the controls, with answers to shuffled pictures and without a picture.
