@@ -60,7 +60,9 @@ def m2pt(num_visual_tokens: int, num_textual_tokens: int) -> Method:
         num_visual_tokens=num_visual_tokens,
         num_textual_tokens=num_textual_tokens,
         num_interaction_tokens=num_visual_tokens,
+        interaction_placement="layers",
         tune_connector=True,
+        connector_rank=None,
         init_prompts="xavier_uniform",
     )
     return Method(f"M2PT {num_visual_tokens, num_textual_tokens}", lambda model: get_peft_model(model, config))

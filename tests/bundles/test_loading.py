@@ -216,19 +216,20 @@ def test_the_config_is_that_of_the_base(base, adapter, output):
     assert torch.equal(logits(load(output, config=copies[0])), expected(base, adapter))
 
 
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    made = {}
+    for name, kwargs in (("one file", {}), ("sharded", SHARDED)):
+        folder = tmp_path_factory.mktemp("made")
+        base = save_base(folder / "base", processor=True, **kwargs)
+        adapter = save_adapter(base, folder / "adapter", num_textual_tokens=0, num_interaction_tokens=0)
+        peft_m2pt.bundle(base, adapter, folder / "bundle")
+        made[name] = folder / "bundle"
+    return made
+
+
 class TestWithoutThePackage:
     """What other programs make of a bundle."""
-
-    @pytest.fixture(scope="class")
-    def bundles(self, tmp_path_factory):
-        made = {}
-        for name, kwargs in (("one file", {}), ("sharded", SHARDED)):
-            folder = tmp_path_factory.mktemp("made")
-            base = save_base(folder / "base", processor=True, **kwargs)
-            adapter = save_adapter(base, folder / "adapter", num_textual_tokens=0, num_interaction_tokens=0)
-            peft_m2pt.bundle(base, adapter, folder / "bundle")
-            made[name] = folder / "bundle"
-        return made
 
     @pytest.fixture(params=["one file", "sharded"])
     def bundle(self, request, bundles, tmp_path):

@@ -131,9 +131,9 @@ def on_top_of(cache: Cache) -> dict[str, Cache]:
 
 
 def make_config(**kwargs) -> M2PTConfig:
-    """All three kinds of prompts, whose weights are the prompts themselves, and a tuned connector."""
-    numbers = {"num_visual_tokens": 4, "num_textual_tokens": 3, "num_interaction_tokens": 2}
-    return M2PTConfig(**{**numbers, "init_prompts": "xavier_uniform", **kwargs})
+    """All three kinds of prompts, whose weights are the prompts themselves, and a full copy of the connector."""
+    fields = {"num_visual_tokens": 4, "num_textual_tokens": 3, "num_interaction_tokens": 2}
+    return M2PTConfig(**{**fields, "connector_rank": None, "init_prompts": "xavier_uniform", **kwargs})
 
 
 def adapt(model: PreTrainedModel, adapter_name: str = "default", **kwargs) -> PeftModel:
