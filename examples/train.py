@@ -54,7 +54,7 @@ class ModelArguments:
     revision: str = option("main", "Its revision.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     attn_implementation: str = option("sdpa", "The attention implementation, such as 'sdpa' or 'eager'.")
-    load_in_4bit: bool = option(False, "Quantize the model to 4 bits. Its connector then needs connector_rank.")
+    load_in_4bit: bool = option(False, "Quantize the model to 4 bits.")
     chat_template: str | None = option(None, "File with a chat template to use instead of the processor's.")
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class PromptArguments:
     num_interaction_tokens: int | None = prompt_option("num_interaction_tokens")
     interaction_placement: str = prompt_option("interaction_placement")
     tune_connector: bool = prompt_option("tune_connector")
-    connector_rank: int | None = prompt_option("connector_rank")
+    connector_rank: str | None = prompt_option("connector_rank")
     visual_layers: list[str] | None = prompt_option("visual_layers")
     textual_layers: list[str] | None = prompt_option("textual_layers")
     init_prompts: str = prompt_option("init_prompts")
@@ -107,6 +107,7 @@ class PromptArguments:
         values = dataclasses.asdict(self)
         for name in ("visual_layers", "textual_layers"):
             values[name] = as_layers(values[name])
+        values["connector_rank"] = as_rank(values["connector_rank"])
         return M2PTConfig(**values)
 
 
@@ -116,6 +117,11 @@ def as_layers(values: list[str] | str | None) -> list[int | str] | str | None:
         return values
     layers = [int(value) if str(value).removeprefix("-").isdigit() else value for value in values]
     return layers[0] if len(layers) == 1 and isinstance(layers[0], str) else layers
+
+
+def as_rank(value: int | str | None) -> int | str | None:
+    """Turns a value from a command line or file into `connector_rank`. "none": a full copy."""
+    return {"none": None}.get(str(value).lower(), int(value) if str(value).isdigit() else value)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 from peft.utils import PeftType
 
@@ -57,10 +57,12 @@ class M2PTConfig(SavedConfig):
             front of the image features that enter the connector, so that each image has that many more tokens. This
             is the paper's placement. It needs a prepared processor, see [`adapt_processor`].
         tune_connector (`bool`, defaults to `True`):
-            Train a copy of the connector, the paper's interaction layer. Careful: in models with a big connector, this
-            is most of the adapter (21 million parameters in LLaVA-1.5-7B); see `connector_rank`.
-        connector_rank (`int`, *optional*):
-            Train an update of this rank for each linear layer of the connector, instead of a full copy.
+            Train the connector, the paper's interaction layer.
+        connector_rank (`int` or `str`, *optional*, defaults to `"auto"`):
+            How the connector is trained. An integer: each linear layer gets an update `B A` of this rank, which is
+            zero at first. `None`: a full copy is trained, as in the paper, which can be most of the adapter (21
+            million parameters in LLaVA-1.5-7B). "auto": rank 8, or a full copy if no linear layer of the connector is
+            that wide (Gemma 3 has none). The resolved value is saved.
         visual_layers (`list[int]` or `str`, *optional*):
             The layers of the vision encoder that get prompts. `None` (default): all *live* layers, those whose output
             the model uses (LLaVA with `vision_feature_layer=-2` ignores the last one). A list holds layer indices;
@@ -125,8 +127,10 @@ class M2PTConfig(SavedConfig):
         None, "Prompt vectors that go through the connector. None: 0, or num_visual_tokens in placement 'image'."
     )
     interaction_placement: str = _option("layers", f"Where interaction prompts go, one of {PLACEMENTS}.")
-    tune_connector: bool = _option(True, "Train a copy of the connector, often the largest part of the adapter.")
-    connector_rank: int | None = _option(None, "Rank of a low-rank update to train instead of a full copy.")
+    tune_connector: bool = _option(True, "Train the connector.")
+    connector_rank: int | str | None = _option(
+        "auto", "Rank of the trained update of the connector. 'auto': 8. None: a full copy, which can be far larger."
+    )
     visual_layers: list[int] | str | None = _option(
         None, f"Vision layers: None (all live ones), indices, or one of {LAYERS}."
     )
@@ -234,11 +238,11 @@ class M2PTConfig(SavedConfig):
             )
         if not isinstance(self.tune_connector, bool):
             raise ValueError(f"tune_connector={self.tune_connector!r} is neither True nor False.")
-        if self.connector_rank is not None:
+        if self.connector_rank is not None and self.connector_rank != "auto":
             if not _is_index(self.connector_rank) or self.connector_rank < 1:
                 raise ValueError(
-                    f"connector_rank={self.connector_rank!r} is not an integer above 0. Use None for a full copy of "
-                    f"the connector, and tune_connector=False to leave it unchanged."
+                    f"connector_rank={self.connector_rank!r} is not an integer above 0. Use 'auto' for the default "
+                    f"rank, None for a full copy of the connector, and tune_connector=False to leave it unchanged."
                 )
             if not self.tune_connector:
                 raise ValueError(
@@ -279,6 +283,9 @@ class M2PTConfig(SavedConfig):
             "num_interaction_tokens": max(num_visual_tokens - 1, 0) if _is_index(num_visual_tokens) else None,
             "interaction_placement": "image",
             "tune_connector": True,
+            "connector_rank": None,
+            "visual_layers": None,
+            "textual_layers": None,
             "init_prompts": "xavier_uniform",
         }
         return cls(
@@ -290,7 +297,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_index(value: Any) -> bool:
+def _is_index(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -152,7 +152,7 @@ class M2PTModel(BaseTuner):
         combination = Combination(
             adapters, [1.0] * len(adapters) if weights is None else list(weights), combination_type
         )
-        combination.check(self.model, self.own_configs)
+        combination.check(self.model, self.own_configs, self.resolved)
         self.peft_config[adapter_name] = combination.make_config(self.own_configs, self.resolved)
         self.weights_follow = True
         try:
@@ -275,7 +275,7 @@ class M2PTModel(BaseTuner):
             layer.update_layer(
                 adapter_name,
                 peft_config.tune_connector,
-                peft_config.connector_rank,
+                plan.connector_rank,
                 plan.num_tokens_per_image,
                 self._initializer,
             )

@@ -12,7 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -33,6 +33,9 @@ from .register import PREFIX
 
 # Model types in which each row of the connector's output is an image token, for any number of rows.
 IMAGE_PLACEMENT = ("llava",)
+
+# Of `connector_rank="auto"`.
+DEFAULT_RANK = 8
 
 COLUMNS = ("part", "module", "layers", "tokens", "parameters", "share")
 
@@ -72,6 +75,14 @@ class Plan:
         return self.connector if self.config.tune_connector or self.num_tokens_per_image > 0 else None
 
     @property
+    def connector_rank(self) -> int | None:
+        """The rank of the trained update of the connector. `None`: there is none, but possibly a full copy."""
+        if self.config.connector_rank != "auto":
+            return cast("int | None", self.config.connector_rank)
+        is_wide = self.connector is not None and _widest_linear(self.connector.module) >= DEFAULT_RANK
+        return DEFAULT_RANK if self.config.tune_connector and is_wide else None
+
+    @property
     def targets(self) -> set[str]:
         """Paths of all adapted modules."""
         connector = self.adapted_connector
@@ -80,7 +91,10 @@ class Plan:
     @property
     def resolved(self) -> dict[str, Any]:
         """Values of config fields as resolved for this model."""
-        resolved: dict[str, Any] = {"num_interaction_tokens": self.num_interaction_tokens}
+        resolved: dict[str, Any] = {
+            "num_interaction_tokens": self.num_interaction_tokens,
+            "connector_rank": self.connector_rank,
+        }
         if isinstance(self.config.exclude_modules, str):
             # Loading does not accept regular expressions, which are not safe from untrusted sources.
             resolved["exclude_modules"] = sorted(self.excluded)
@@ -123,10 +137,10 @@ class Plan:
     def _size_of(self, connector: nn.Module) -> int:
         """Number of parameters that are trained of the connector."""
         modules = [module for _, module in own_modules(connector)] if self.config.tune_connector else []
-        if self.config.connector_rank is None:
+        if self.connector_rank is None:
             return count_parameters(parameter for module in modules for parameter in module.parameters(recurse=False))
         linears: list[Any] = [module for module in modules if is_linear(module)]
-        return self.config.connector_rank * sum(linear.in_features + linear.out_features for linear in linears)
+        return self.connector_rank * sum(linear.in_features + linear.out_features for linear in linears)
 
 
 def make_plan(model: nn.Module, config: M2PTConfig) -> Plan:
@@ -159,7 +173,7 @@ def make_plan(model: nn.Module, config: M2PTConfig) -> Plan:
             find_extension(site.attention, site.path)
     plan = Plan(config, {site.path: site for site in sites}, excluded, connector, num_interaction_tokens)
     if plan.adapted_connector is not None:
-        _check_connector(config, plan.adapted_connector)
+        _check_connector(plan, plan.adapted_connector)
     return plan
 
 
@@ -182,8 +196,8 @@ def _check_exclusions(config: M2PTConfig, sites: list[Site], excluded: frozenset
             )
 
 
-def _check_connector(config: M2PTConfig, connector: Connector) -> None:
-    path, module = connector.path, connector.module
+def _check_connector(plan: Plan, connector: Connector) -> None:
+    config, path, module = plan.config, connector.path, connector.module
     inside = [f"{path}.{name}" if name else path for name, _ in module.named_modules()]
     saved = [name for name in config.modules_to_save or [] if any(part.endswith(name) for part in inside)]
     if saved or _is_excluded(config, path):
@@ -192,19 +206,23 @@ def _check_connector(config: M2PTConfig, connector: Connector) -> None:
             f"{field} includes the connector '{path}' or a part of it, which the adapter needs: tune_connector=True "
             f"trains and saves a copy of it. Leave it out, or set tune_connector=False and num_interaction_tokens=0."
         )
-    widest = max(getattr(part, "in_features", 0) for part in module.modules())
-    if config.connector_rank is not None and config.connector_rank > widest:
+    widest = _widest_linear(module)
+    if plan.connector_rank is not None and plan.connector_rank > widest:
         raise ValueError(
-            f"connector_rank={config.connector_rank} is more than the width of the widest linear layer of the "
+            f"connector_rank={plan.connector_rank} is more than the width of the widest linear layer of the "
             f"connector '{path}' ({widest}). Choose a lower rank, or None for a full copy."
         )
     quantized = quantized_linears(module)
-    if config.tune_connector and config.connector_rank is None and quantized:
+    if config.tune_connector and plan.connector_rank is None and quantized:
         raise ValueError(
             f"The connector '{path}' has quantized linear layers {quantized}, so a full copy cannot be trained. Train "
             f"a low-rank update, for example with connector_rank=8, set tune_connector=False, or load the model "
             f"without quantizing '{path}'."
         )
+
+
+def _widest_linear(module: nn.Module) -> int:
+    return max(getattr(part, "in_features", 0) for part in module.modules())
 
 
 def check_modules_to_save(configs: Mapping[str, PeftConfig]) -> None:

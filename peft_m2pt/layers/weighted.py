@@ -39,15 +39,17 @@ class Combination:
     weights: Sequence[float]
     combination_type: str
 
-    def check(self, model: nn.Module, configs: Mapping[str, M2PTConfig]) -> None:
+    def check(
+        self, model: nn.Module, configs: Mapping[str, M2PTConfig], resolved: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         """
-        Checks that the adapters can be combined.
+        Checks that the adapters can be combined. For the arguments, see [`Combination.make_config`].
 
         Raises:
             ValueError: If they cannot. The message names the field or the module.
         """
         self._check_arguments(configs)
-        self._check_configs([configs[name] for name in self.adapters])
+        self._check_fields([{**vars(configs[name]), **resolved[name]} for name in self.adapters])
         for path, wrapper in _saved_modules(model):
             owners = [name for name in self.adapters if name in wrapper.modules_to_save]
             if len(owners) > 1:
@@ -124,15 +126,15 @@ class Combination:
                 f"them out, or choose combination_type='linear'."
             )
 
-    def _check_configs(self, configs: Sequence[M2PTConfig]) -> None:
+    def _check_fields(self, configs: Sequence[Mapping[str, Any]]) -> None:
         for field in EQUAL_FIELDS:
-            values = [getattr(config, field) for config in configs]
+            values = [config[field] for config in configs]
             if len(set(values)) > 1:
                 raise ValueError(
                     f"The adapters {list(self.adapters)} differ in {field}: {values}. They cannot be combined."
                 )
-        if len(configs) > 1 and configs[0].tune_connector:
-            rank = configs[0].connector_rank
+        if len(configs) > 1 and configs[0]["tune_connector"]:
+            rank = configs[0]["connector_rank"]
             if self.combination_type == "cat" or rank is not None:
                 how = "each tuned the connector" if rank is None else f"low-rank updates of the connector ({rank=})"
                 raise ValueError(

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from helpers.models import adapt, connector_of, make_config, make_inputs, make_llava, trained_by
-from peft import get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -37,6 +37,28 @@ class Merge(nn.Module):
 
     def forward(self, image_features):
         return self.linear(image_features.reshape(len(image_features), -1, 4 * 32))
+
+
+class Matrix(nn.Module):
+    """A connector without linear layers, as that of Gemma 3."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(32, width) / 6)
+
+    def forward(self, image_features):
+        return image_features @ self.matrix
+
+
+class Narrow(Matrix):
+    """Its only linear layer is narrower than the default rank."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.linear = nn.Linear(4, 48)
+
+    def forward(self, image_features):
+        return self.linear(super().forward(image_features))
 
 
 def with_connector(connector):
@@ -121,6 +143,32 @@ class TestNumbers:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*Pool.*")
             get_peft_model(with_connector(Pool), M2PTConfig())
+
+    @pytest.mark.parametrize(
+        "make, config, rank, weights",
+        [
+            (make_llava, {}, 8, "lora_"),
+            (make_llava, {"connector_rank": None}, None, "linear_1.default.weight"),
+            (make_llava, {"connector_rank": 3}, 3, "lora_"),
+            (lambda: with_connector(Matrix), {}, None, "matrix"),
+            (lambda: with_connector(Narrow), {}, None, "matrix"),
+            (make_llava, {"tune_connector": False}, None, None),
+        ],
+    )
+    def test_the_default_rank(self, tmp_path, make, config, rank, weights):
+        """8, or a full copy if no linear layer is that wide. What is saved says which."""
+        peft_model = adapt(make(), **{"connector_rank": "auto", **config})
+        trained = [name for name in trained_by(peft_model) if "m2pt_connector" in name]
+        assert bool(trained) == (weights is not None) and all(weights in name or rank is None for name in trained)
+        assert not trained or any(weights in name for name in trained)
+        peft_model.save_pretrained(tmp_path)
+        saved = PeftConfig.from_pretrained(tmp_path)
+        assert saved.connector_rank == rank
+        inputs = make_inputs()
+        loaded = PeftModel.from_pretrained(make(), tmp_path)
+        torch.testing.assert_close(loaded(**inputs).logits, peft_model(**inputs).logits)
+        numbers = peft_model.base_model.describe().split()
+        assert f"{sum(parameter.numel() for parameter in trained_by(peft_model).values()):,}" in numbers
 
     def test_no_connector(self):
         model = make_llava()

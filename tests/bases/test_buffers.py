@@ -82,7 +82,9 @@ def test_runs_and_trains(dtype, placement, autocast):
 def test_no_copy_of_packed_weights():
     message = r"'model.multi_modal_projector' has quantized linear layers \['linear_1', 'linear_2'\].*connector_rank=8"
     with pytest.raises(ValueError, match=message):
-        get_peft_model(make_base(), M2PTConfig())
+        get_peft_model(make_base(), M2PTConfig(connector_rank=None))
+    model = get_peft_model(make_base(), M2PTConfig())
+    assert model.peft_config["default"].to_dict()["connector_rank"] == 8
 
 
 def test_changed_buffers_are_noticed_while_decoding():

@@ -100,6 +100,8 @@ def test_wrong_arguments(kwargs, message):
         (PROMPTS_ALONE, {**PROMPTS_ALONE, "textual_layers": [0]}, r"layers.1.self_attn': the adapters \['second'\]"),
         (PROMPTS_ALONE, {}, r"differ in tune_connector: \[False, True\]"),
         ({"connector_rank": 2}, {"connector_rank": 2}, r"low-rank updates of the connector \(rank=2\)"),
+        ({"connector_rank": "auto"}, {"connector_rank": 8}, r"low-rank updates of the connector \(rank=8\)"),
+        ({"connector_rank": "auto"}, {"connector_rank": 4}, r"differ in connector_rank: \[8, 4\]"),
     ],
 )
 def test_adapters_that_do_not_fit_together(first, second, message):

@@ -346,7 +346,7 @@ class TestRefusals:
             ("model=dummy,pretrained=base,adapter=adapter", "model='dummy' does not hold a model of transformers"),
             (
                 "model=llava_hf,pretrained=base,adapter=lora",
-                "adapter='lora' has peft_type='LORA', so it is not an M2PT",
+                "It has peft_type='LORA', so this is not an M2PT",
             ),
             ("model=llava_hf,pretrained=base,adapter=base", "'adapter_config.json' of the adapter 'base'"),
             ("model=llava_hf,pretrained=bundle_adapter,adapter=adapter", "pretrained='bundle_adapter' is a bundle"),
