@@ -4,6 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+from benchmarks.models import DIMS, make_model
+from peft_m2pt import M2PTConfig
+from peft_m2pt.plan import make_plan
 
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +34,45 @@ def test_links_lead_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+def make_smolvlm():
+    text = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "intermediate_size": 8192}
+    vision = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
+    config = SmolVLMConfig(
+        text_config={**text, "model_type": "llama", "num_key_value_heads": 32, "vocab_size": 49280},
+        vision_config={**vision, "patch_size": 14, "image_size": 384},
+        scale_factor=3,
+        image_token_id=49190,
+    )
+    with torch.device("meta"):
+        return SmolVLMForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "name, make, targets",
+    [
+        ("LLaVA-1.5-7B", lambda: make_model(DIMS["llava-1.5-7b"], "meta"), DIMS["llava-1.5-7b"].lora_targets),
+        ("Qwen2.5-VL-7B", lambda: make_model(DIMS["qwen2.5-vl-7b"], "meta"), DIMS["qwen2.5-vl-7b"].lora_targets),
+        ("SmolVLM-2.2B", make_smolvlm, DIMS["llava-1.5-7b"].lora_targets),
+    ],
+)
+def test_sizes_in_the_readme(name, make, targets):
+    """As `peft-m2pt inspect` prints them. Adapters are saved in float32."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [row] = re.findall(rf"^\| {name} \| (.*) \|$", text, re.MULTILINE)
+    model = make()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    default, full = (
+        make_plan(model, config).describe(num_parameters).splitlines()[-1].split()
+        for config in (M2PTConfig(), M2PTConfig(connector_rank=None))
+    )
+    with torch.device("meta"):
+        lora = get_peft_model(model, LoraConfig(r=8, target_modules=targets), low_cpu_mem_usage=True)
+    sizes = [int(number.replace(",", "")) for number in (default[1], full[1])]
+    sizes.insert(1, sum(weight.numel() for key, weight in lora.named_parameters() if "lora_" in key))
+    assert row.split(" | ") == [*default[1:], *(f"{4 * size / 1e6:.1f} MB" for size in sizes)]
+    assert float(default[2].rstrip("%")) < 0.1 and sizes[0] < sizes[1]
 
 
 def test_paths_in_contributing_exist():
