@@ -164,7 +164,8 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, down: nn.Linear, up: nn.Linear) -> None:
         super().__init__()
-        self.linear = linear
+        # Not a child: if the connector is a linear layer, it is adapted itself, and would call this module again.
+        self.__dict__["linear"] = linear
         self.down = down
         self.up = up
         mirror_hooks(linear, self)

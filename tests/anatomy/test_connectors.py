@@ -117,7 +117,7 @@ class TestNumbers:
                 )
 
         model = with_connector((lambda: nn.Linear(32, 48)) if kind == "a linear layer" else ReadsWidths)
-        peft_model = adapt(model, connector_rank=2)
+        peft_model = adapt(model, connector_rank=2).train().eval()
         inputs = make_inputs()
         with torch.no_grad():
             (down,) = (weight for name, weight in trained_by(peft_model).items() if "lora_A" in name)
