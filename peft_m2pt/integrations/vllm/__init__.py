@@ -3,26 +3,24 @@ M2PT in vLLM, which serves bundles by itself where this package is installed: `v
 
 vLLM finds `register` by an entry point of the group `vllm.general_plugins`, and calls it in each of its processes.
 
-The n textual prompts of each layer are n more tokens in front of each request, whose hidden states the rows in the
-bundle replace in each layer. So vLLM itself computes, pages and shares the keys and values of prompts. Users do not see
-these tokens: the engine puts them there (`requests.py`), the model gives them positions -n ... -1 (`model.py`). Visual
-prompts and the connector are the layers of this package (`encoder.py`). `checks.py` refuses what would not be exact.
+The n textual prompts of each layer are n more tokens in front of each request, whose hidden states the prompts replace
+in front of each layer. So vLLM itself computes, pages and shares the keys and values of prompts. The engine adds these
+tokens, and users do not see them (`requests.py`). The model gives them the positions -n ... -1 (`model.py`) and puts
+the prompts in their place (`parts.py`). Visual prompts and the connector are the layers of this package. `checks.py`
+refuses what would not be exact, when a server starts; `settings.py` tells all processes what is served.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 from vllm import ModelRegistry
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from ...bundles.loading import ARCHITECTURE, MODEL_TYPE, BundleConfig
-from .checks import CheckBundle
-from .requests import lengthen_requests
 
 
-# Language models alone are another architecture, since vLLM asks a class whether it takes images.
+# Of language models alone, since vLLM asks a class whether it takes images.
 TEXT_ARCHITECTURE = f"{ARCHITECTURE}ForText"
 
 
@@ -34,18 +32,20 @@ class ServedConfig(BundleConfig):
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.m2pt_architectures = config.architectures
-        config.architectures = [ARCHITECTURE if _takes_images(config) else TEXT_ARCHITECTURE]
+        config.architectures = [TEXT_ARCHITECTURE if config.get_text_config() is config else ARCHITECTURE]
         return loaded
-
-
-def _takes_images(config: PretrainedConfig) -> bool:
-    return config.get_text_config() is not config
 
 
 def register() -> None:
     """Lets vLLM serve bundles."""
     AutoConfig.register(MODEL_TYPE, ServedConfig, exist_ok=True)
-    for architecture, class_name in ((ARCHITECTURE, "M2PTForMultiModalLM"), (TEXT_ARCHITECTURE, "M2PTForCausalLM")):
-        ModelRegistry.register_model(architecture, f"{__name__}.model:{class_name}")
-        MODELS_CONFIG_MAP[architecture] = CheckBundle
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:M2PTForMultiModalLM")
+    ModelRegistry.register_model(TEXT_ARCHITECTURE, f"{__name__}.model:M2PTForCausalLM")
+    try:
+        from .checks import check_when_started
+        from .requests import lengthen_requests
+    except (AttributeError, ImportError):
+        # Another vLLM. It still serves other models, and the model classes refuse bundles.
+        return
+    check_when_started(ARCHITECTURE, TEXT_ARCHITECTURE)
     lengthen_requests()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
@@ -19,6 +21,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from ...bundles.bundler import ROWS_PREFIX
+from ...errors import UnsupportedModelError
 from ...register import PREFIX
 from ...saving.names import WRAPPER_PREFIX
 from .parts import make_tuned_model, put_into
@@ -37,14 +40,19 @@ class M2PTMixin:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         settings = Settings.of(vllm_config)
+        if settings is None:
+            raise UnsupportedModelError(
+                f"vLLM {vllm.__version__} was not tried with M2PT, and did not call its checks. Install a version "
+                f"that was tried (docs/serving.md), or try a newer peft-m2pt."
+            )
         self.num_prompts = settings.num_prompts
         # For each token of a batch, which prompt it stands for, or n. In a buffer, since some models tell their layers
         # no positions, and since CUDA graphs read from the same memory each time.
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         device = vllm_config.device_config.device
         self.places = torch.full([max_tokens], self.num_prompts, device=device)
-        tuned = make_tuned_model(vllm_config, settings)
-        put_into(self.model, tuned, settings, self.places, self.init_parameters)
+        tuned = make_tuned_model(vllm_config.model_config, Path(settings.bundle))
+        put_into(self.model, tuned, self.places, self.init_parameters)
 
     def _create_hf_to_vllm_mapper(self) -> None:
         # vLLM also looks up here how transformers renames weights.

@@ -9,32 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig
 
 from ...anatomy.sites import Site
-from ...bundles.bundler import ROWS, ROWS_PREFIX
-from ...bundles.textual_rows import ADAPTER, make_tuned
+from ...bundles.textual_rows import ADAPTER, make_tuned, textual_rows
 from ...layers.attention import M2PTAttention
 from ...layers.connector import M2PTConnector
-from .settings import Settings
 
 
-def make_tuned_model(vllm_config: VllmConfig, settings: Settings) -> PreTrainedModel:
+def make_tuned_model(model_config: ModelConfig, folder: Path) -> PreTrainedModel:
     """Makes the model of a bundle on the meta device, with the real weights of its adapter."""
-    config = copy.deepcopy(vllm_config.model_config.hf_config)
+    config = copy.deepcopy(model_config.hf_config)
     config.architectures = config.m2pt_architectures
-    config.dtype = vllm_config.model_config.dtype
+    config.dtype = model_config.dtype
+    # vLLM has set its own, for its own layers.
     config._attn_implementation = "sdpa"
-    return make_tuned(config, Path(settings.bundle), Path(settings.bundle))
+    return make_tuned(config, folder, folder)
 
 
 def put_into(
     model: nn.Module,
     tuned: PreTrainedModel,
-    settings: Settings,
     places: torch.Tensor,
     make_weights: Callable[[nn.Module], None],
 ) -> None:
@@ -46,8 +43,6 @@ def put_into(
             The model of transformers without its head, whose linear layers vLLM has replaced.
         tuned (`PreTrainedModel`):
             The same model of transformers with the adapter.
-        settings ([`Settings`]):
-            What is served.
         places (`torch.Tensor`):
             For each token of a batch, which textual prompt it stands for.
         make_weights (`Callable[[nn.Module], None]`):
@@ -60,7 +55,7 @@ def put_into(
     def part(path: str) -> nn.Module:
         return model.get_submodule(path.removeprefix(body).removeprefix("."))
 
-    rows = load_file(Path(settings.bundle) / ROWS) if settings.num_prompts > 0 else {}
+    rows = textual_rows(tuned)
     for layer in list(paths):
         if isinstance(layer, M2PTConnector):
             path, _, name = layer.site.path.rpartition(".")
@@ -69,7 +64,7 @@ def put_into(
         elif isinstance(layer, M2PTAttention):
             site, block = layer.site, part(paths[layer.site.block])
             if site.kind == "textual":
-                prompts = rows[f"{ROWS_PREFIX}{site.path}"].to(places.device, tuned.dtype)
+                prompts = rows[site.path].to(places.device, tuned.dtype)
                 _add_textual_prompts(block, prompts, places)
             else:
                 prompts = layer.m2pt_prompt[ADAPTER].to(places.device)

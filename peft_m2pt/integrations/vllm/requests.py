@@ -1,4 +1,4 @@
-"""Placeholders for textual prompts, which the engine puts in front of each request, and takes out of what it reports."""
+"""Puts placeholders for textual prompts in front of requests, and takes them out of what the engine reports."""
 
 from __future__ import annotations
 

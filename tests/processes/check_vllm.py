@@ -1,0 +1,274 @@
+"""Bundles in the real vLLM, in a build for CPUs, for which `make test-vllm` makes an environment of its own."""
+
+import contextlib
+import gc
+import os
+
+
+# Read when vLLM is imported.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers as tr  # noqa: E402
+from helpers.models import adapt  # noqa: E402
+from helpers.shapes import IMAGE_SIZE, make_processor  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from PIL import Image  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+
+import peft_m2pt  # noqa: E402
+
+
+TOLERANCE = 1e-5
+QUESTIONS = [
+    ("USER: <image>\nWhich colour is it? ASSISTANT:", [0]),
+    ("USER: Which shape is it? ASSISTANT:", []),
+    ("USER: <image>\n<image>\nIs it red? ASSISTANT:", [1, 2]),
+    ("USER: Is it red? Which colour is it? Which shape is it? ASSISTANT: red", []),
+    ("USER: Which shape is it? <image>\nWhich colour is it? ASSISTANT:", [1]),
+]
+# The kernels of vLLM for CPUs need heads of 32 dimensions.
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {
+    "llama": lambda **kwargs: tr.LlamaConfig(**kwargs),
+    "mistral": lambda **kwargs: tr.MistralConfig(num_key_value_heads=2, **{"sliding_window": None, **kwargs}),
+    "qwen2": lambda **kwargs: tr.Qwen2Config(num_key_value_heads=1, **kwargs),
+}
+VISION = {"clip": tr.CLIPVisionConfig, "siglip": tr.SiglipVisionConfig}
+
+
+def make_image(seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (IMAGE_SIZE, IMAGE_SIZE, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def make_text_config(text, processor, **kwargs):
+    tokenizer = processor.tokenizer
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    return TEXT[text](**sizes, **ids, initializer_range=0.1, **kwargs)
+
+
+def make_llava(processor, vision="clip", text="llama", **kwargs):
+    config = tr.LlavaConfig(
+        vision_config=VISION[vision](
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+        ),
+        text_config=make_text_config(text, processor, **kwargs),
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default" if vision == "clip" else "full",
+    )
+    if vision == "siglip":
+        processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    torch.manual_seed(0)
+    return tr.LlavaForConditionalGeneration(config)
+
+
+class Bundled:
+    """A bundle, and what `PeftModel` says."""
+
+    def __init__(self, folder, model, processor, save=None, **kwargs):
+        self.folder, self.processor = folder, processor
+        self.bundle = str(folder / "bundle")
+        model.save_pretrained(folder / "base", **(save or {}))
+        processor.save_pretrained(folder / "base")
+        load = type(model).from_pretrained
+        adapt(load(folder / "base"), **kwargs).save_pretrained(folder / "tuned")
+        peft_m2pt.bundle(folder / "base", folder / "tuned", self.bundle)
+        self.base = load(folder / "base").eval()
+        self.model = PeftModel.from_pretrained(load(folder / "base"), folder / "tuned").eval()
+
+    def inputs(self, text, images=()):
+        images = {"images": [make_image(seed) for seed in images]} if images else {}
+        process = self.processor if images else getattr(self.processor, "tokenizer", self.processor)
+        return process(text=[text], return_tensors="pt", **images)
+
+    @torch.no_grad()
+    def generate(self, text, images=(), model=None, **kwargs):
+        """The tokens of the answer, and their log-probabilities."""
+        inputs = self.inputs(text, images)
+        options = {"do_sample": False, "max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+        output = (model or self.model).generate(**inputs, **{**options, **kwargs})
+        tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        scores = output.get("scores") or output.logits
+        return tokens, [score[0].log_softmax(-1)[token].item() for score, token in zip(scores, tokens)]
+
+    @torch.no_grad()
+    def log_probabilities(self, text, images=(), tokens=()):
+        """Those of each token behind the first one, of prompt and answer."""
+        inputs = self.inputs(text, images)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([list(tokens)], dtype=torch.long)], dim=1)
+        others = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        logits = self.model(input_ids=ids, **others).logits[0, :-1].log_softmax(-1)
+        return logits.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+@contextlib.contextmanager
+def started(bundle, **kwargs):
+    """vLLM in its offline form. Its engine runs in a process of its own."""
+    options = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "seed": 0}
+    llm = LLM(bundle, **{**options, **kwargs})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def ask(llm, questions, **kwargs):
+    prompts = [
+        {"prompt": text, **({"multi_modal_data": {"image": list(map(make_image, images))}} if images else {})}
+        for text, images in questions
+    ]
+    options = {"temperature": 0, "max_tokens": 8, "logprobs": 0}
+    return llm.generate(prompts, SamplingParams(**{**options, **kwargs}), use_tqdm=False)
+
+
+def answer_of(output):
+    tokens = list(output.token_ids)
+    return tokens, [entry[token].logprob for token, entry in zip(tokens, output.logprobs)]
+
+
+def check(bundled, llm, questions=QUESTIONS, expected_options=(), **kwargs):
+    """Each answer has the tokens of `generate`, and not those of the base model."""
+    differing = 0
+    for question, output in zip(questions, ask(llm, questions, **kwargs), strict=True):
+        tokens, expected = bundled.generate(*question, **dict(expected_options))
+        found, log_probabilities = answer_of(output.outputs[0])
+        assert found == tokens
+        assert log_probabilities == pytest.approx(expected, abs=TOLERANCE, rel=0)
+        assert len(output.prompt_token_ids) == bundled.inputs(*question)["input_ids"].shape[1]
+        differing += tokens != bundled.generate(*question, model=bundled.base, **dict(expected_options))[0]
+    assert differing > len(questions) / 2
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    processor = make_processor()
+    return Bundled(tmp_path_factory.mktemp("llava"), make_llava(processor), processor)
+
+
+@pytest.fixture(scope="module")
+def compiled(llava):
+    """With vLLM's defaults: compiled, chunked prefill, a prefix cache."""
+    with started(llava.bundle, disable_log_stats=False) as llm:
+        yield llm
+
+
+def test_images_and_texts(llava, compiled):
+    check(llava, compiled)
+
+
+def test_a_long_answer(llava, compiled):
+    longer = {"max_new_tokens": 150, "min_new_tokens": 150}
+    outputs = ask(compiled, QUESTIONS, max_tokens=150, min_tokens=150)
+    for question, output in zip(QUESTIONS, outputs, strict=True):
+        assert answer_of(output.outputs[0])[0] == llava.generate(*question, **longer)[0]
+
+
+def test_a_penalty_for_tokens_of_the_prompt(llava, compiled):
+    found = [answer_of(output.outputs[0])[0] for output in ask(compiled, QUESTIONS, repetition_penalty=1.7)]
+    assert found == [llava.generate(*question, repetition_penalty=1.7)[0] for question in QUESTIONS]
+    assert found != [llava.generate(*question)[0] for question in QUESTIONS]
+
+
+def test_sampling(llava, compiled):
+    """Several answers to each question, again by a seed, each with the probability that the model gives it."""
+    options = {"temperature": 1.0, "n": 3, "seed": 5, "max_tokens": 12}
+    outputs, again = (ask(compiled, QUESTIONS, **options) for _ in range(2))
+    for question, output, same in zip(QUESTIONS, outputs, again, strict=True):
+        assert [answer.token_ids for answer in output.outputs] == [answer.token_ids for answer in same.outputs]
+        assert len({tuple(answer.token_ids) for answer in output.outputs}) > 1
+        for answer in output.outputs:
+            tokens, found = answer_of(answer)
+            expected = llava.log_probabilities(*question, tokens)[-len(tokens) :]
+            assert found == pytest.approx(expected, abs=TOLERANCE, rel=0)
+
+
+def test_log_probabilities_of_the_prompt(llava, compiled):
+    for question, output in zip(QUESTIONS, ask(compiled, QUESTIONS, prompt_logprobs=0), strict=True):
+        first, *entries = output.prompt_logprobs
+        found = [entry[token].logprob for token, entry in zip(output.prompt_token_ids[1:], entries, strict=True)]
+        assert first is None
+        assert found == pytest.approx(llava.log_probabilities(*question), abs=TOLERANCE, rel=0)
+
+
+def test_the_prefix_cache(llava, compiled):
+    text = "USER: " + "Which colour is it? Which shape is it? " * 4 + "ASSISTANT:"
+    [first] = ask(compiled, [(text, [])])
+    answer = compiled.get_tokenizer().decode(first.outputs[0].token_ids)
+    follow_up = f"{text}{answer} USER: Is it red? ASSISTANT:"
+    [second] = ask(compiled, [(follow_up, [])])
+    assert first.num_cached_tokens == 0 < second.num_cached_tokens < len(second.prompt_token_ids)
+    assert answer_of(second.outputs[0])[0] == llava.generate(follow_up)[0]
+    [third] = ask(compiled, [(follow_up, [])])
+    assert answer_of(third.outputs[0])[0] == llava.generate(follow_up)[0]
+    assert third.num_cached_tokens <= len(third.prompt_token_ids)
+
+
+def test_no_room_for_the_prompts(llava, compiled):
+    num_prompts, longest = 5, 256
+    tokens = [10] * (longest - num_prompts)
+    with pytest.raises(ValueError, match="maximum model length of 256"):
+        compiled.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1), use_tqdm=False)
+    [output] = compiled.generate(
+        {"prompt_token_ids": tokens[:-1]}, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False
+    )
+    assert len(output.outputs[0].token_ids) == 1 and output.outputs[0].finish_reason == "length"
+
+
+def preemptions(llm):
+    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def test_small_chunks_and_a_small_cache(llava):
+    """Chunks are shorter than the rows of prompts, and requests are stopped and computed anew."""
+    longer = {"max_new_tokens": 60, "min_new_tokens": 60}
+    options = {"max_num_batched_tokens": 4, "max_num_seqs": 4, "num_gpu_blocks_override": 9}
+    with started(llava.bundle, enforce_eager=True, disable_log_stats=False, **options) as llm:
+        check(llava, llm, QUESTIONS, longer, max_tokens=60, min_tokens=60)
+        assert preemptions(llm) > 0
+
+
+FAMILIES = {
+    "siglip, qwen2, low rank": (("siglip", "qwen2"), {"connector_rank": 2}),
+    "siglip, mistral, frozen connector": (("siglip", "mistral"), {"tune_connector": False}),
+    "clip, qwen2, no interaction": (("clip", "qwen2"), {"num_interaction_tokens": 0, "num_textual_tokens": 9}),
+    "clip, llama, textual": (("clip", "llama"), {"num_visual_tokens": 0, "tune_connector": False}),
+    "clip, mistral, visual": (("clip", "mistral"), {"num_textual_tokens": 0, "num_interaction_tokens": 0}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, tmp_path):
+    """With another number of prompts each, in compiled models that share a cache of compiled code."""
+    parts, kwargs = FAMILIES[name]
+    processor = make_processor()
+    bundled = Bundled(tmp_path, make_llava(processor, *parts), processor, **kwargs)
+    with started(bundled.bundle) as llm:
+        check(bundled, llm)
+
+
+@pytest.mark.parametrize("text", TEXT)
+def test_language_models_alone(text, tmp_path):
+    processor = make_processor()
+    torch.manual_seed(0)
+    model = tr.AutoModelForCausalLM.from_config(make_text_config(text, processor))
+    kwargs = {"num_visual_tokens": 0, "num_interaction_tokens": 0}
+    bundled = Bundled(tmp_path, model, processor.tokenizer, **kwargs)
+    with started(bundled.bundle, enforce_eager=True) as llm:
+        check(bundled, llm, [question for question in QUESTIONS if not question[1]])
