@@ -1,8 +1,19 @@
 """Bundles in the real vLLM, in a build for CPUs, for which `make test-vllm` makes an environment of its own."""
 
+import base64
 import contextlib
 import gc
+import io
+import logging
 import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 
 # Read when vLLM is imported.
@@ -14,16 +25,29 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+import openai  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers as tr  # noqa: E402
-from helpers.models import adapt  # noqa: E402
+import vllm  # noqa: E402
+from helpers.models import adapt, randomise  # noqa: E402
 from helpers.shapes import IMAGE_SIZE, make_processor  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from PIL import Image  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.utils.hashing import sha256  # noqa: E402
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
+from vllm.v1.engine.core import EngineCore  # noqa: E402
+from vllm.v1.request import Request  # noqa: E402
 
 import peft_m2pt  # noqa: E402
+from peft_m2pt import UnsupportedModelError  # noqa: E402
+from peft_m2pt.integrations.vllm.checks import PRIVATE, check_version  # noqa: E402
+from peft_m2pt.integrations.vllm.requests import lengthened  # noqa: E402
+from peft_m2pt.integrations.vllm.settings import Settings  # noqa: E402
 
 
 TOLERANCE = 1e-5
@@ -223,7 +247,7 @@ def test_the_prefix_cache(llava, compiled):
 def test_no_room_for_the_prompts(llava, compiled):
     num_prompts, longest = 5, 256
     tokens = [10] * (longest - num_prompts)
-    with pytest.raises(ValueError, match="maximum model length of 256"):
+    with pytest.raises(VLLMValidationError, match="5 textual prompts of the adapter"):
         compiled.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1), use_tqdm=False)
     [output] = compiled.generate(
         {"prompt_token_ids": tokens[:-1]}, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False
@@ -272,3 +296,261 @@ def test_language_models_alone(text, tmp_path):
     bundled = Bundled(tmp_path, model, processor.tokenizer, **kwargs)
     with started(bundled.bundle, enforce_eager=True) as llm:
         check(bundled, llm, [question for question in QUESTIONS if not question[1]])
+
+
+def make_paddle():
+    """Positions of its text have three axes (M-RoPE). Its processor takes no videos, and so needs no torchvision."""
+    processor = make_processor()
+    tokenizer = processor.tokenizer
+    image_processor = tr.PaddleOCRVLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 24 * 24}
+    )
+    config = tr.PaddleOCRVLConfig(
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 20,
+            "patch_size": 4,
+        },
+        text_config={
+            **SIZES,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+            "pad_token_id": tokenizer.pad_token_id,
+            "initializer_range": 0.1,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=len(tokenizer) - 1,
+        vision_start_token_id=len(tokenizer) - 2,
+        vision_end_token_id=len(tokenizer) - 3,
+    )
+    torch.manual_seed(0)
+    model = tr.PaddleOCRVLForConditionalGeneration(config)
+    return model, tr.PaddleOCRVLProcessor(image_processor, tokenizer, chat_template=processor.chat_template)
+
+
+def test_positions_with_three_axes(tmp_path):
+    bundled = Bundled(tmp_path, *make_paddle())
+    with started(bundled.bundle, max_num_batched_tokens=64) as llm:
+        check(bundled, llm, expected_options={"max_new_tokens": 24}, max_tokens=24)
+
+
+def make_vllm_config(bundle, **kwargs):
+    options = {"dtype": "float32", "max_model_len": 128, **kwargs}
+    return EngineArgs(model=str(bundle), **options).create_engine_config()
+
+
+def test_no_prefix_is_shared_with_another_adapter(llava, tmp_path):
+    """Caches that servers share find prefixes by hashes: the same for one adapter, and others for another one."""
+    hashes = {}
+    for name, seed in (("one", 1), ("another", 2), ("one again", 1)):
+        tuned = adapt(tr.LlavaForConditionalGeneration.from_pretrained(llava.folder / "base"))
+        randomise(tuned, seed)
+        tuned.save_pretrained(tmp_path / name / "tuned")
+        peft_m2pt.bundle(llava.folder / "base", tmp_path / name / "tuned", tmp_path / name / "bundle")
+        settings = Settings.of(make_vllm_config(tmp_path / name / "bundle"))
+        for salt in (None, "of a user"):
+            params = SamplingParams(max_tokens=1)
+            request = EngineCoreRequest(name, list(range(40)), None, params, None, 0.0, None, salt, None)
+            hasher = get_request_block_hasher(16, sha256)
+            hashes[name, salt] = Request.from_engine_core_request(lengthened(request, settings), hasher).block_hashes
+    assert hashes["one", None] == hashes["one again", None] and len(hashes["one", None]) == 2
+    del hashes["one again", None], hashes["one again", "of a user"]
+    assert len({block for blocks in hashes.values() for block in blocks}) == 8
+
+
+OPTIONS = {
+    "lora_config was .*--enable-lora": {"enable_lora": True},
+    "quantization='fp8'": {"quantization": "fp8"},
+    "pipeline_parallel_size=2": {"pipeline_parallel_size": 2},
+    "enable_prompt_embeds=True": {"enable_prompt_embeds": True},
+    "load_format='dummy'": {"load_format": "dummy"},
+    "runner_type='pooling'": {"runner": "pooling"},
+    "kv_transfer_config": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "speculative_config": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    },
+}
+
+
+@pytest.mark.parametrize("message", OPTIONS)
+def test_refused_options(message, llava):
+    with pytest.raises(ValueError, match=message):
+        make_vllm_config(llava.bundle, **OPTIONS[message])
+
+
+ADAPTERS = {
+    "interaction_placement='image'": {"interaction_placement": "image"},
+    "modules_to_save=": {"modules_to_save": ["lm_head"]},
+    "textual_layers or exclude_modules leave 1 of 2": {"textual_layers": [0]},
+    "exclude_modules leave 1 of 2": {"exclude_modules": ["language_model.layers.1.self_attn"]},
+}
+
+
+@pytest.mark.parametrize("message", ADAPTERS)
+def test_refused_adapters(message, tmp_path):
+    processor = make_processor()
+    bundled = Bundled(tmp_path, make_llava(processor), processor, **ADAPTERS[message])
+    with pytest.raises(ValueError, match=message):
+        make_vllm_config(bundled.bundle)
+
+
+def test_refused_windows(tmp_path):
+    processor = make_processor()
+    model = make_llava(processor, "clip", "mistral", sliding_window=100)
+    bundled = Bundled(tmp_path, model, processor)
+    with pytest.raises(
+        ValueError, match=r"sliding_window=100 of '.*layers.0.self_attn'.* --max-model-len 100 or less"
+    ):
+        make_vllm_config(bundled.bundle)
+    with started(bundled.bundle, max_model_len=100, enforce_eager=True) as llm:
+        check(bundled, llm)
+
+
+def test_an_adapter_of_another_base(llava, tmp_path):
+    shutil.copytree(llava.bundle, tmp_path / "bundle")
+    processor = make_processor()
+    other = adapt(make_llava(processor, num_hidden_layers=3))
+    other.save_pretrained(tmp_path / "tuned")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(tmp_path / "tuned" / name, tmp_path / "bundle" / name)
+    with pytest.raises(ValueError, match="layers.2.self_attn"):
+        make_vllm_config(tmp_path / "bundle")
+
+
+def test_models_that_were_not_tried(tmp_path):
+    config = tr.GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=32, vocab_size=len(make_processor().tokenizer))
+    kwargs = {"num_visual_tokens": 0, "num_interaction_tokens": 0}
+    bundled = Bundled(tmp_path, tr.GemmaForCausalLM(config), make_processor().tokenizer, **kwargs)
+    with pytest.raises(ValueError, match="model_type='gemma' was not tried in vLLM .* Tried are 'llava' with"):
+        make_vllm_config(bundled.bundle)
+
+
+def test_versions_that_were_not_tried(monkeypatch, caplog_vllm):
+    check_version(vllm.__version__)
+    assert not caplog_vllm.text
+    check_version("99.0")
+    assert "vLLM 99.0 was not tried with M2PT" in caplog_vllm.text
+    monkeypatch.setitem(PRIVATE, EngineCore.preprocess_add_request, ("self", "another"))
+    with pytest.raises(UnsupportedModelError, match=r"99.0 was not tried .* EngineCore.preprocess_add_request takes"):
+        check_version("99.0")
+
+
+@pytest.fixture
+def caplog_vllm(caplog):
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("save", [{}, {"max_shard_size": "100KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize("statement", ["", "import peft_m2pt", "options = {'hf_overrides': {'model_type': 'llama'}}"])
+def test_without_the_plugin(statement, save, tmp_path):
+    """A bundle is never answered for by the base model."""
+    processor = make_processor()
+    torch.manual_seed(0)
+    model = tr.AutoModelForCausalLM.from_config(make_text_config("llama", processor))
+    kwargs = {"num_visual_tokens": 0, "num_interaction_tokens": 0}
+    bundled = Bundled(tmp_path, model, processor.tokenizer, save, **kwargs)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(statement=statement, bundle=bundled.bundle))
+    environment = {**os.environ, "VLLM_PLUGINS": "none"}
+    ran = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    assert ran.returncode != 0 and "ANSWER" not in ran.stdout
+    assert re.search(
+        "model type `peft_m2pt`|no module or parameter named '(base_model|peft_m2pt)'", ran.stdout + ran.stderr
+    )
+
+
+PROGRAM = """
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    options = {{}}
+    {statement}
+    llm = LLM("{bundle}", dtype="float32", max_model_len=64, enforce_eager=True, **options)
+    print("ANSWER", llm.generate("USER:"))
+"""
+
+
+def test_importing_m2pt_imports_no_vllm():
+    program = "import sys, peft_m2pt; assert not any(name.partition('.')[0] == 'vllm' for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class Server:
+    """`vllm serve BUNDLE`."""
+
+    def __init__(self, bundled, folder, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = folder / "log"
+        # What the console script does, whose name differs from that of the package in the build for CPUs.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", bundled.bundle]
+        self.process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", *arguments],
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        self.model = bundled.bundle
+        self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
+
+    def wait(self):
+        for _ in range(3000):
+            if self.process.poll() is not None:
+                break
+            try:
+                return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health")
+            except OSError:
+                time.sleep(0.2)
+        raise RuntimeError(self.log.read_text())
+
+    def chat(self, text, images=(), **kwargs):
+        images = [{"type": "image_url", "image_url": {"url": as_url(make_image(seed))}} for seed in images]
+        messages = [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+        options = {"max_tokens": 8, "temperature": 0, **kwargs}
+        return self.client.chat.completions.create(model=self.model, messages=messages, **options)
+
+
+def as_url(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def as_prompt(text, images):
+    return f"USER: {'<image>' + chr(10) if images else ''}{('<image>' + chr(10)) * (len(images) - 1)}{text} ASSISTANT:"
+
+
+def test_the_server(llava, tmp_path):
+    server = Server(llava, tmp_path, "--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details")
+    questions = [("Which colour is it?", [0]), ("Which shape is it?", []), ("Is it red?", [1, 2]), ("Is it red?", [])]
+    try:
+        server.wait()
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda question: server.chat(*question), questions * 2))
+        for question, answer in zip(questions * 2, answers, strict=True):
+            prompt = as_prompt(*question), question[1]
+            tokens, _ = llava.generate(*prompt)
+            assert answer.choices[0].message.content == llava.processor.decode(tokens, skip_special_tokens=True)
+            assert answer.usage.prompt_tokens == llava.inputs(*prompt)["input_ids"].shape[1]
+        chunks = server.chat("Which shape is it?", [1], stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        tokens, _ = llava.generate(as_prompt("Which shape is it?", [1]), [1])
+        assert streamed == llava.processor.decode(tokens, skip_special_tokens=True)
+        long = "Which colour is it? Which shape is it? " * 5
+        usages = [server.chat(long).usage for _ in range(2)]
+        first, second = (getattr(usage.prompt_tokens_details, "cached_tokens", 0) or 0 for usage in usages)
+        assert first == 0 < second < usages[1].prompt_tokens
+    finally:
+        server.process.terminate()
+        server.process.wait()

@@ -55,7 +55,7 @@ MODELS = {
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
-# Options of vLLM by their paths in its config, the values that were tried, and their flags.
+# Options of vLLM by their paths in its config, the values that were tried, and the flags.
 OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "compilation_config.compile_mm_encoder": ((False,), "--compilation-config compile_mm_encoder"),
     "ec_transfer_config": ((None,), "--ec-transfer-config"),
@@ -121,10 +121,10 @@ def _check_options(config: VllmConfig) -> None:
         for name in path.split("."):
             value = getattr(value, name)
         if value not in tried:
-            shown = value if isinstance(value, (bool, int, str)) else "..."
+            name = f"{path}={value!r}" if isinstance(value, (bool, int, str)) else path
             raise UnsupportedModelError(
-                f"{path}={shown!r} ({flag}) was not tried with M2PT. Serve the bundle without it; the values that "
-                f"were tried are {tried}."
+                f"{name} was not tried with M2PT. Leave {flag} at its default, or serve the bundle with "
+                f"`peft-m2pt serve`."
             )
 
 
@@ -179,9 +179,9 @@ def _check_textual_prompts(tuned: PreTrainedModel, model_config: Any) -> int:
     num_layers = tuned.config.get_text_config().num_hidden_layers
     if len(sites) < num_layers:
         raise UnsupportedModelError(
-            f"textual_layers or exclude_modules leave {num_layers - len(sites)} of {num_layers} layers without prompts, "
-            f"but in vLLM all layers see the tokens that stand for prompts. Serve the adapter with `peft-m2pt serve`, "
-            f"or train one with prompts in all layers."
+            f"textual_layers or exclude_modules leave {num_layers - len(sites)} of {num_layers} layers without "
+            f"prompts, but in vLLM all layers see the tokens that stand for prompts. Serve the adapter with "
+            f"`peft-m2pt serve`, or train one with prompts in all layers."
         )
     for site in sites:
         window, chunk = local_reach(site.attention)

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import msgspec
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
@@ -75,7 +76,14 @@ def _wrap(owner: type, name: str, wrapper: Any) -> None:
 
 
 def _validate_prompt_len(validate: Any, settings: Settings, prompt_len: int, prompt_type: Any) -> None:
-    validate(prompt_len + settings.num_prompts if prompt_len > 0 else 0, prompt_type)
+    validate(prompt_len, prompt_type)
+    longest = validate.__self__.model_config.max_model_len
+    if prompt_len + settings.num_prompts >= longest:
+        raise VLLMValidationError(
+            f"The prompt has {prompt_len} tokens, and the {settings.num_prompts} textual prompts of the adapter take "
+            f"as much room as tokens, so max_model_len={longest} leaves none for an answer. Shorten the prompt, or "
+            f"serve the bundle with a higher --max-model-len."
+        )
 
 
 def _preprocess_add_request(preprocess: Any, settings: Settings, request: EngineCoreRequest) -> Any:
