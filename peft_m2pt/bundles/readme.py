@@ -22,6 +22,7 @@ processor = AutoProcessor.from_pretrained(".")
 ## Serving
 
     peft-m2pt serve FOLDER     # pip install "transformers[serving]"
+    vllm serve FOLDER          # for the models that it was tried with: docs/serving.md of peft-m2pt
     python -m peft_m2pt run lm_eval --model hf-multimodal --model_args pretrained=FOLDER --tasks ...
 
 `python -m peft_m2pt run` runs any program that loads models with the auto classes of transformers.

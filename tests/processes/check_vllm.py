@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from functools import partial
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "VLLM_CACHE_ROOT": tempfile.mkdtemp(prefix="vllm-"),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -521,11 +523,6 @@ if __name__ == "__main__":
     llm = LLM("{bundle}", dtype="float32", max_model_len=64, enforce_eager=True, **options)
     print("ANSWER", llm.generate("USER:"))
 """
-
-
-def test_importing_m2pt_imports_no_vllm():
-    program = "import sys, peft_m2pt; assert not any(name.partition('.')[0] == 'vllm' for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # The command `vllm`, which asks for the version of a package that has another name in the build for CPUs.

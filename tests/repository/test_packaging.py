@@ -1,10 +1,12 @@
 """What is released: the source distribution, and the wheel in an environment of its own."""
 
+import ast
 import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -81,3 +83,23 @@ def test_source_distribution(wheel, tmp_path):
 def test_the_version_to_cite():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == peft_m2pt.__version__
+
+
+def test_entry_points():
+    """Plugins of other programs, which are not installed here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"].keys() == {"lmms_eval.models", "vllm.general_plugins"}
+    for points in project["entry-points"].values():
+        for point in points.values():
+            module, _, function = point.partition(":")
+            path = ROOT / module.replace(".", "/")
+            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            assert function in {getattr(node, "name", None) for node in ast.parse(source.read_text()).body}
+
+
+def test_other_programs_are_not_imported():
+    program = """
+import sys, peft_m2pt
+assert not {"axolotl", "lmms_eval", "swift", "vllm"} & {name.partition(".")[0] for name in sys.modules}
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
