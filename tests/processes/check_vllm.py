@@ -416,6 +416,7 @@ OPTIONS = {
     "pipeline_parallel_size=2": {"pipeline_parallel_size": 2},
     "enable_prompt_embeds=True": {"enable_prompt_embeds": True},
     "load_format='dummy'": {"load_format": "dummy"},
+    "leave out the vision encoder": {"limit_mm_per_prompt": {"image": 0}},
     "runner_type='pooling'": {"runner": "pooling"},
     "kv_transfer_config": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     "speculative_config": {
@@ -444,6 +445,22 @@ def test_refused_adapters(message, tmp_path):
     bundled = Bundled(tmp_path, make_llava(processor), processor, **ADAPTERS[message])
     with pytest.raises(ValueError, match=message):
         make_vllm_config(bundled.bundle)
+
+
+def test_refused_weights(llava, tmp_path):
+    shutil.copytree(llava.bundle, tmp_path / "bundle")
+    (tmp_path / "bundle/model.safetensors").unlink()
+    torch.save(llava.base.state_dict(), tmp_path / "bundle/pytorch_model.bin")
+    with pytest.raises(ValueError, match="vLLM would leave out pytorch_model.bin"):
+        make_vllm_config(tmp_path / "bundle")
+
+
+def test_refused_requests(llava):
+    settings = Settings.of(make_vllm_config(llava.bundle))
+    params = SamplingParams(max_tokens=1)
+    request = EngineCoreRequest("one", [5], None, params, None, 0.0, None, None, None, resumable=True)
+    with pytest.raises(UnsupportedModelError, match="'one' sends its prompt in parts"):
+        lengthened(request, settings)
 
 
 def test_refused_windows(tmp_path):

@@ -24,6 +24,7 @@ from ...bundles.textual_rows import textual_rows
 from ...config import M2PTConfig
 from ...errors import UnsupportedModelError
 from ...layers.attention import M2PTAttention
+from ...saving.checkpoints import find_files
 from ...upstream import local_reach
 from .parts import make_tuned_model
 from .settings import Settings
@@ -55,7 +56,7 @@ MODELS = {
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
-# Options of vLLM by their paths in its config, the values that were tried, and the flags.
+# Options of vLLM by their paths in its config: the values that were tried, and the flag or variable that sets them.
 OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "compilation_config.compile_mm_encoder": ((False,), "--compilation-config compile_mm_encoder"),
     "ec_transfer_config": ((None,), "--ec-transfer-config"),
@@ -71,6 +72,7 @@ OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallel_config.pipeline_parallel_size": ((1,), "--pipeline-parallel-size"),
     "parallel_config.prefill_context_parallel_size": ((1,), "--prefill-context-parallel-size"),
     "speculative_config": ((None,), "--speculative-config"),
+    "use_v2_model_runner": ((False,), "VLLM_USE_V2_MODEL_RUNNER"),
     "weight_transfer_config": ((None,), "--weight-transfer-config"),
 }
 
@@ -80,12 +82,13 @@ class CheckBundle(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        folder = Path(vllm_config.model_config.model)
+        folder = Path(vllm_config.model_config.model).absolute()
         check_version(vllm.__version__)
         _check_options(vllm_config)
         _check_adapter(M2PTConfig.from_pretrained(str(folder)))
         _check_model_types(vllm_config.model_config.hf_config)
-        _check_videos(vllm_config.model_config)
+        _check_media(vllm_config.model_config)
+        _check_files(folder)
         tuned = make_tuned_model(vllm_config.model_config, folder)
         num_prompts = _check_textual_prompts(tuned, vllm_config.model_config)
         Settings(str(folder), num_prompts, _digest(folder)).store(vllm_config)
@@ -122,10 +125,11 @@ def _check_options(config: VllmConfig) -> None:
         for name in path.split("."):
             value = getattr(value, name)
         if value not in tried:
+            is_variable = flag.isupper()
+            remedy = f"Set {flag}=0 in the environment" if is_variable else f"Leave {flag} at its default"
             name = f"{path}={value!r}" if isinstance(value, (bool, int, str)) else path
             raise UnsupportedModelError(
-                f"{name} was not tried with M2PT. Leave {flag} at its default, or serve the bundle with "
-                f"`peft-m2pt serve`."
+                f"{name} was not tried with M2PT. {remedy}, or serve the bundle with `peft-m2pt serve`."
             )
 
 
@@ -162,14 +166,27 @@ def _check_model_types(config: Any) -> None:
         )
 
 
-def _check_videos(model_config: Any) -> None:
-    options = model_config.multimodal_config
-    takes_videos = getattr(model_config.hf_config, "video_token_id", None) is not None
-    if takes_videos and options.get_limit_per_prompt("video") > 0:
+def _check_media(model_config: Any) -> None:
+    options, config = model_config.multimodal_config, model_config.hf_config
+    if options is not None and options.get_limit_per_prompt("image") == 0:
         raise UnsupportedModelError(
-            f"videos were not tried in vLLM with M2PT, and model_type={model_config.hf_config.model_type!r} takes "
-            f"them. Refuse them with --limit-mm-per-prompt '{{\"video\": 0}}'."
+            "--limit-mm-per-prompt or --language-model-only leave out the vision encoder, which the adapter tunes. "
+            "Allow at least one image."
         )
+    if getattr(config, "video_token_id", None) is not None and options.get_limit_per_prompt("video") > 0:
+        raise UnsupportedModelError(
+            f"videos were not tried in vLLM with M2PT, and model_type={config.model_type!r} takes them. Refuse them "
+            f"with --limit-mm-per-prompt '{{\"video\": 0}}'."
+        )
+
+
+def _check_files(folder: Path) -> None:
+    for file in find_files(folder):
+        if file.suffix != ".safetensors":
+            raise UnsupportedModelError(
+                f"vLLM would leave out {file.name}, since it prefers safetensors files, which the adapter has. Load "
+                f"the base model and save it again (save_pretrained), and bundle the adapter with that."
+            )
 
 
 def describe_models() -> str:

@@ -16,6 +16,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.stats import PrefillStats
 
+from ...errors import UnsupportedModelError
 from .settings import Settings
 
 
@@ -29,6 +30,11 @@ def moved(features: Sequence[MultiModalFeatureSpec], distance: int) -> list[Mult
 
 def lengthened(request: EngineCoreRequest, settings: Settings) -> EngineCoreRequest:
     """Puts placeholders in front of a request."""
+    if request.resumable:
+        raise UnsupportedModelError(
+            f"Request {request.request_id!r} sends its prompt in parts, and textual prompts would stand in front of "
+            f"each. Send it as a whole."
+        )
     tokens = request.prompt_token_ids
     return msgspec.structs.replace(
         request,
