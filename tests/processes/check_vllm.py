@@ -263,6 +263,11 @@ def test_no_room_for_the_prompts(llava, compiled):
     assert len(output.outputs[0].token_ids) == 1 and output.outputs[0].finish_reason == "length"
 
 
+def test_compiled_code_of_an_earlier_start(llava, compiled):
+    with started(llava.bundle) as llm:
+        check(llava, llm)
+
+
 def preemptions(llm):
     return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
