@@ -49,6 +49,7 @@ from vllm.v1.request import Request  # noqa: E402
 
 import peft_m2pt  # noqa: E402
 from peft_m2pt import UnsupportedModelError  # noqa: E402
+from peft_m2pt.integrations.vllm import register  # noqa: E402
 from peft_m2pt.integrations.vllm.checks import PRIVATE, check_version  # noqa: E402
 from peft_m2pt.integrations.vllm.requests import lengthened  # noqa: E402
 from peft_m2pt.integrations.vllm.settings import Settings  # noqa: E402
@@ -458,6 +459,12 @@ def test_refused_weights(llava, tmp_path):
     torch.save(llava.base.state_dict(), tmp_path / "bundle/pytorch_model.bin")
     with pytest.raises(ValueError, match="vLLM would leave out pytorch_model.bin"):
         make_vllm_config(tmp_path / "bundle")
+
+
+def test_plugins_that_are_loaded_twice():
+    wrapped = EngineCore.preprocess_add_request
+    register()
+    assert EngineCore.preprocess_add_request is wrapped and not hasattr(wrapped.__wrapped__, "__wrapped__")
 
 
 def test_refused_requests(llava):

@@ -70,6 +70,9 @@ def lengthen_requests() -> None:
 
 def _wrap(owner: type, name: str, wrapper: Any) -> None:
     function = getattr(owner, name)
+    if getattr(function, "is_of_m2pt", False):
+        # vLLM may load plugins several times.
+        return
 
     @wraps(function)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +81,7 @@ def _wrap(owner: type, name: str, wrapper: Any) -> None:
             return function(self, *args, **kwargs)
         return wrapper(function.__get__(self), settings, *args, **kwargs)
 
+    wrapped.is_of_m2pt = True
     setattr(owner, name, wrapped)
 
 
