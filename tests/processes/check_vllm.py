@@ -462,6 +462,7 @@ def test_refused_weights(llava, tmp_path):
 
 
 def test_plugins_that_are_loaded_twice():
+    register()
     wrapped = EngineCore.preprocess_add_request
     register()
     assert EngineCore.preprocess_add_request is wrapped and not hasattr(wrapped.__wrapped__, "__wrapped__")
