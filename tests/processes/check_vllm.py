@@ -637,7 +637,8 @@ def test_the_server(llava, tmp_path):
             assert answer.choices[0].token_ids == llava.generate(*prompt)[0]
             assert answer.usage.prompt_tokens == llava.inputs(*prompt)["input_ids"].shape[1]
         chunks = server.chat("Which shape is it?", [1], stream=True)
-        streamed = [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or ()]
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        streamed = [token for choice in choices for token in getattr(choice, "token_ids", None) or ()]
         assert streamed == llava.generate(as_prompt("Which shape is it?", [1]), [1])[0]
         long = "Which colour is it? Which shape is it? " * 5
         usages = [server.chat(long).usage for _ in range(2)]
