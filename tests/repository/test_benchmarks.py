@@ -90,6 +90,7 @@ def as_image_tokens(num_visual_tokens, num_textual_tokens):
         num_textual_tokens=num_textual_tokens,
         num_interaction_tokens=num_visual_tokens,
         interaction_placement="image",
+        connector_rank=None,
         init_prompts="xavier_uniform",
     )
     return Method("as image tokens", lambda model: get_peft_model(model, config))

@@ -21,7 +21,7 @@ class Settings:
         num_prompts (`int`):
             Number of textual prompts of a layer, with interaction prompts.
         salt (`str`):
-            Tells the adapter and its base model from others.
+            Tells the adapter from others.
     """
 
     bundle: str
