@@ -25,6 +25,10 @@ from ..anatomy.modules import bare_copy, device_of, is_linear, is_plain, own_mod
 from ..upstream import FetchOffloadedWeights
 
 
+# The matrices A and B of a low-rank update, as LoRA names them.
+DOWN, UP = "lora_A", "lora_B"
+
+
 def copy_parts(module: nn.Module) -> dict[str, nn.Module]:
     """
     Copies all weights of a module except those of other adapters. Offloaded and partitioned weights are fetched.
@@ -94,7 +98,7 @@ def make_low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
             up = nn.Linear(rank, child.out_features, bias=False, dtype=dtype)
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
             nn.init.zeros_(up.weight)
-            parts |= {f"{path}.lora_A": down, f"{path}.lora_B": up}
+            parts |= {f"{path}.{DOWN}": down, f"{path}.{UP}": up}
     return parts
 
 
@@ -115,14 +119,14 @@ def assemble_trainable(module: nn.Module, parts: dict[str, nn.Module], path: str
     """
     # Compiled code would use the frozen weights.
     module = uncompiled(module)
-    if f"{path}.lora_A" in parts:
-        return LowRankLinear(module, parts[f"{path}.lora_A"], parts[f"{path}.lora_B"])
+    if f"{path}.{DOWN}" in parts:
+        return LowRankLinear(module, parts[f"{path}.{DOWN}"], parts[f"{path}.{UP}"])
     if isinstance(module, AuxiliaryTrainingWrapper):
         return assemble_trainable(own_module(module), parts, path)
     if isinstance(module, BaseTunerLayer):
         # The layer of another adapter, whose update is kept.
         assembled = bare_copy(module)
-        if f"{path}.lora_A" not in parts:
+        if f"{path}.{DOWN}" not in parts:
             # Merging into the frozen weights does not change the copy.
             assembled.merged_adapters = list(module.merged_adapters)
         base_layer = assemble_trainable(module.base_layer, parts, path)

@@ -14,11 +14,12 @@ from torch import nn
 from ..config import M2PTConfig
 from .base import M2PTLayer
 from .prompt import M2PTPrompt
+from .trainable_copy import DOWN, UP
 
 
 COMBINATIONS = ("cat", "linear")
 SUMMED_FIELDS = ("num_visual_tokens", "num_textual_tokens", "num_interaction_tokens")
-EQUAL_FIELDS = ("interaction_placement", "tune_connector", "connector_rank")
+EQUAL_FIELDS = ("interaction_placement", "tune_connector")
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Combination:
                     f"The adapters {owners} have each trained '{path}' (modules_to_save), and such modules cannot be "
                     f"combined. Choose adapters of which only one has trained it."
                 )
-        for path, modules in _weights(model):
-            self._check_weights(path, modules)
+        for path, layer_name, modules in _weights(model):
+            self._check_weights(path, layer_name, modules)
 
     def make_config(self, configs: Mapping[str, M2PTConfig], resolved: Mapping[str, Mapping[str, Any]]) -> M2PTConfig:
         """
@@ -79,6 +80,8 @@ class Combination:
         if self.combination_type == "cat":
             for field in SUMMED_FIELDS:
                 setattr(config, field, sum({**vars(configs[name]), **resolved[name]}[field] for name in self.adapters))
+        ranks = [resolved[name]["connector_rank"] for name in self.adapters]
+        config.connector_rank = None if None in ranks else sum(ranks)
         # The new prompts are not those of a text. They have scales if those of any other adapter do.
         config.init_text = config.init_token_ids = config.tokenizer_name_or_path = None
         if any(other.init_prompts == "states" for other in others):
@@ -96,9 +99,9 @@ class Combination:
             adapter_name (`str`):
                 Name of the new adapter.
         """
-        for _, modules in _weights(model):
+        for _, layer_name, modules in _weights(model):
             if adapter_name in modules:
-                self._combine(modules[adapter_name], [modules[name] for name in self.adapters])
+                self._combine(layer_name, modules[adapter_name], [modules[name] for name in self.adapters])
         for _, wrapper in _saved_modules(model):
             for owner in self.adapters:
                 if owner in wrapper.modules_to_save:
@@ -133,24 +136,27 @@ class Combination:
                 raise ValueError(
                     f"The adapters {list(self.adapters)} differ in {field}: {values}. They cannot be combined."
                 )
-        if len(configs) > 1 and configs[0]["tune_connector"]:
-            rank = configs[0]["connector_rank"]
-            if self.combination_type == "cat" or rank is not None:
-                how = "each tuned the connector" if rank is None else f"low-rank updates of the connector ({rank=})"
-                raise ValueError(
-                    f"combination_type={self.combination_type!r}: the adapters {list(self.adapters)} have {how}, "
-                    f"which cannot be combined in this way. Train them with tune_connector=False"
-                    f"{', or choose combination_type=' + repr('linear') if rank is None else ''}."
-                )
+        ranks = [config["connector_rank"] for config in configs]
+        if None in ranks and any(ranks):
+            raise ValueError(
+                f"The adapters {list(self.adapters)} have connectors of connector_rank={ranks}, and a full copy "
+                f"(None) cannot be combined with low-rank updates."
+            )
+        if len(configs) > 1 and configs[0]["tune_connector"] and self.combination_type == "cat":
+            raise ValueError(
+                f"combination_type='cat': the adapters {list(self.adapters)} have each tuned the connector, which "
+                f"cannot be combined in this way. Train them with tune_connector=False, or choose "
+                f"combination_type='linear'."
+            )
 
-    def _check_weights(self, path: str, modules: nn.ModuleDict) -> None:
+    def _check_weights(self, path: str, layer_name: str, modules: nn.ModuleDict) -> None:
         present = [name for name in self.adapters if name in modules]
         if present and len(present) < len(self.adapters):
             missing = [name for name in self.adapters if name not in modules]
             raise ValueError(
                 f"'{path}': the adapters {missing} have no prompts here, but {present} do. Choose other adapters."
             )
-        if self.combination_type == "linear":
+        if self.combination_type == "linear" and not _is_low_rank(layer_name):
             shapes = {name: [list(parameter.shape) for parameter in modules[name].parameters()] for name in present}
             if any(shape != shapes[present[0]] for shape in shapes.values()):
                 raise ValueError(
@@ -158,7 +164,10 @@ class Combination:
                     f"Choose combination_type='cat'."
                 )
 
-    def _combine(self, target: nn.Module, sources: Sequence[nn.Module]) -> None:
+    def _combine(self, layer_name: str, target: nn.Module, sources: Sequence[nn.Module]) -> None:
+        if _is_low_rank(layer_name):
+            self._combine_low_rank(layer_name, target, [source.get_parameter("weight") for source in sources])
+            return
         is_cat = self.combination_type == "cat"
         if isinstance(target, M2PTPrompt):
             prompts = [source().to(target.weight) for source in sources]
@@ -175,13 +184,25 @@ class Combination:
                 start = parameter.clone()
                 parameter.copy_(start + sum(w * (other - start) for w, other in zip(self.weights, others)))
 
+    def _combine_low_rank(self, layer_name: str, target: nn.Module, matrices: Sequence[torch.Tensor]) -> None:
+        """The sum of updates `B A` is `[w_1 B_1, w_2 B_2] [A_1 ; A_2]`, whose rank is the sum of theirs."""
+        weight = target.get_parameter("weight")
+        if layer_name.endswith(UP):
+            factors = [1.0] * len(matrices) if self.combination_type == "cat" else self.weights
+            matrices = [factor * matrix for factor, matrix in zip(factors, matrices)]
+        weight.copy_(torch.cat([matrix.to(weight) for matrix in matrices], dim=1 if layer_name.endswith(UP) else 0))
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.ModuleDict]]:
-    """Yields each `ModuleDict` with weights of adapters, and the path of the module that it belongs to."""
+
+def _is_low_rank(layer_name: str) -> bool:
+    return layer_name.endswith((DOWN, UP))
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, str, nn.ModuleDict]]:
+    """Yields each `ModuleDict` with weights of adapters, the path of its layer, and its name in it."""
     for path, module in list(model.named_modules()):
         if isinstance(module, M2PTLayer):
             for layer_name in module.adapter_layer_names:
-                yield path, getattr(module, layer_name)
+                yield path, layer_name, getattr(module, layer_name)
 
 
 def _saved_modules(model: nn.Module) -> list[tuple[str, ModulesToSaveWrapper]]:

@@ -99,15 +99,36 @@ def test_wrong_arguments(kwargs, message):
         (PROMPTS_ALONE, {**PROMPTS_ALONE, "num_visual_tokens": 6}, r"equal shape, .*\[\[4, 32\]\].*\[\[6, 32\]\]"),
         (PROMPTS_ALONE, {**PROMPTS_ALONE, "textual_layers": [0]}, r"layers.1.self_attn': the adapters \['second'\]"),
         (PROMPTS_ALONE, {}, r"differ in tune_connector: \[False, True\]"),
-        ({"connector_rank": 2}, {"connector_rank": 2}, r"low-rank updates of the connector \(rank=2\)"),
-        ({"connector_rank": "auto"}, {"connector_rank": 8}, r"low-rank updates of the connector \(rank=8\)"),
-        ({"connector_rank": "auto"}, {"connector_rank": 4}, r"differ in connector_rank: \[8, 4\]"),
+        ({"connector_rank": "auto"}, {}, r"connector_rank=\[8, None\], and a full copy \(None\) cannot be combined"),
     ],
 )
 def test_adapters_that_do_not_fit_together(first, second, message):
     peft_model = make_two(first, second)
     with pytest.raises(ValueError, match=message):
         peft_model.add_weighted_adapter(["default", "second"], adapter_name="new")
+
+
+@torch.no_grad()
+def test_low_rank_updates_of_connectors_add_up(tmp_path):
+    peft_model = make_two({"connector_rank": 2}, {"connector_rank": 3})
+    peft_model.add_weighted_adapter(["default", "second"], [0.7, -0.2], "mixed")
+    assert peft_model.peft_config["mixed"].connector_rank == 5
+
+    def updates(adapter):
+        parts = weights_of(peft_model, adapter)
+        downs = {name: weight for name, weight in parts.items() if "lora_A" in name}
+        return {name: parts[name.replace("lora_A", "lora_B")] @ down for name, down in downs.items()}
+
+    first, second, mixed = (updates(name) for name in ("default", "second", "mixed"))
+    assert len(mixed) == 2
+    for name, update in mixed.items():
+        torch.testing.assert_close(update, 0.7 * first[name] - 0.2 * second[name])
+    peft_model.set_adapter("mixed")
+    inputs = without_labels(make_inputs())
+    expected = peft_model(**inputs).logits
+    peft_model.save_pretrained(tmp_path, selected_adapters=["mixed"])
+    loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "mixed")
+    assert torch.equal(loaded(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("owner", ["default", "second"])
