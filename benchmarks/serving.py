@@ -60,7 +60,8 @@ def make_folders(dims: Llava, folder: Path) -> None:
     )
     make_model(dims).save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
-    config = peft_m2pt.M2PTConfig(num_visual_tokens=20, num_textual_tokens=10, num_interaction_tokens=20)
+    prompts = {"num_visual_tokens": 20, "num_textual_tokens": 10, "num_interaction_tokens": 20}
+    config = peft_m2pt.M2PTConfig(**prompts, connector_rank=None)
     get_peft_model(make_model(dims), config).save_pretrained(folder / "tuned")
     peft_m2pt.bundle(folder / "base", folder / "tuned", folder / "bundle")
     lora = LoraConfig(r=8, target_modules=LORA_TARGETS, init_lora_weights=False)
