@@ -72,6 +72,9 @@ class SavedConfig(PeftConfig):
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
                 f'If \'{path_json_file}\' is the config of an M2PT adapter, add "peft_type": "M2PT" to it.'
             )
+        if isinstance(loaded, dict):
+            # A saved adapter without it is of a version in which `None` was the default.
+            loaded.setdefault("connector_rank", None)
         return loaded
 
     @classmethod

@@ -157,6 +157,19 @@ def test_config(base, folder, field, value, message):
         base.load(folder)
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_config_of_before_there_was_a_default_rank(tmp_path, rank):
+    """Without the field, the connector is a full copy."""
+    peft_model = adapt(make_llava(), connector_rank=rank)
+    peft_model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    loaded = PeftModel.from_pretrained(make_llava(), tmp_path)
+    assert loaded.peft_config["default"].connector_rank == rank
+    assert torch.equal(loaded(**make_inputs()).logits, peft_model(**make_inputs()).logits)
+
+
 def test_the_config_of_another_method(tmp_path):
     LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
     message = "It has peft_type='LORA', so this is not an M2PT adapter. Use PeftConfig for adapters of other methods."

@@ -22,6 +22,7 @@ class Contrast:
     reference: str
 
 
+# The default when the study was planned. Today's is "m2pt/low-rank-connector".
 DEFAULT = "m2pt/prompts-connector"
 
 BOTH = (

@@ -188,8 +188,7 @@ class Combination:
         """The sum of updates `B A` is `[w_1 B_1, w_2 B_2] [A_1 ; A_2]`, whose rank is the sum of theirs."""
         weight = target.get_parameter("weight")
         if layer_name.endswith(UP):
-            factors = [1.0] * len(matrices) if self.combination_type == "cat" else self.weights
-            matrices = [factor * matrix for factor, matrix in zip(factors, matrices)]
+            matrices = [factor * matrix for factor, matrix in zip(self.weights, matrices)]
         weight.copy_(torch.cat([matrix.to(weight) for matrix in matrices], dim=1 if layer_name.endswith(UP) else 0))
 
 

@@ -110,7 +110,9 @@ def test_other_rotations(name, monkeypatch):
 IDEFICS = next(family for family in FAMILIES if family.name == "idefics")
 
 
-@pytest.mark.skipif(not IDEFICS.is_known, reason="the rotations of Idefics start at position 0, and it is refused")
+@pytest.mark.skipif(
+    not IDEFICS.is_known, reason="in this transformers, rotations of Idefics start at 0 in each call, so it is refused"
+)
 @torch.no_grad()
 def test_rotations_inside_of_the_attention():
     """Idefics gives its attention positions."""

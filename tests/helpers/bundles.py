@@ -56,9 +56,8 @@ def load(folder, **kwargs):
 
 
 def edit(file, **values):
-    content = json.loads(file.read_text()) | values
-    kept = {name: value for name, value in content.items() if value is not None or name not in values}
-    file.write_text(json.dumps(kept))
+    content = {**json.loads(file.read_text()), **values}
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
 def check_rows(folder, model):
