@@ -36,19 +36,10 @@ from peft_m2pt import M2PTConfig
 
 SEED = 0
 LEARNING_RATE = 3e-3
-PLAIN, *_ = digits.INSTRUCTIONS
 HELD_OUT = "Write it as a word."
 TUNED = [instruction for instruction in digits.INSTRUCTIONS if instruction != HELD_OUT]
 
 CONFIG = M2PTConfig(num_visual_tokens=20, num_textual_tokens=10)
-ABLATION = {
-    "visual prompts": M2PTConfig(num_textual_tokens=0, tune_connector=False),
-    "textual prompts": M2PTConfig(num_visual_tokens=0, tune_connector=False),
-    "both": M2PTConfig(tune_connector=False),
-    "both + interaction prompts": M2PTConfig(num_interaction_tokens=20, tune_connector=False),
-    "both + tuned connector": CONFIG,
-}
-ABLATION_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -72,15 +63,14 @@ def load(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model.to(PartialState().device), AutoProcessor.from_pretrained(folder)
 
 
-def tune(
-    base: PreTrainedModel, processor: ProcessorMixin, config: M2PTConfig, plan: Plan, seed: int, title: str
-) -> tuple[PeftModel, list[dict[str, float]]]:
+def tune(base: PreTrainedModel, processor: ProcessorMixin, plan: Plan) -> tuple[PeftModel, list[dict[str, float]]]:
     """Adds prompts to a frozen model and tunes them. Returns the model and the log of losses."""
-    set_seed(seed)
-    model = get_peft_model(base, config)
+    set_seed(SEED)
+    model = get_peft_model(base, CONFIG)
     images, _ = digits.handwritten_digits(plan.num_test_images, SEED)
     questions = digits.ask(images, TUNED)
-    log = vqa.train(model, questions, vqa.AnswerCollator(processor), plan.tuning_steps, LEARNING_RATE, seed, title)
+    collator = vqa.AnswerCollator(processor)
+    log = vqa.train(model, questions, collator, plan.tuning_steps, LEARNING_RATE, SEED, "Tuning with M2PT")
     return model, log
 
 
@@ -124,7 +114,7 @@ def run(base_folder: Path, output: Path, plan: Plan) -> None:
     before = vqa.answer(base, processor, questions, "Answering before tuning")
 
     start = time.perf_counter()
-    model, log = tune(base, processor, CONFIG, plan, SEED, "Tuning with M2PT")
+    model, log = tune(base, processor, plan)
     seconds = time.perf_counter() - start
     after = vqa.answer(model, processor, questions, "Answering after tuning")
 
@@ -169,39 +159,6 @@ def format_results(results: dict[str, Any]) -> str:
     )
 
 
-def run_ablation(base_folder: Path, output: Path, plan: Plan) -> None:
-    """Tunes each kind of prompt alone and all together, with several seeds."""
-    questions = test_questions(plan.num_test_images)
-    results: dict[str, dict[str, Any]] = {}
-    for name, config in ABLATION.items():
-        runs = []
-        for seed in ABLATION_SEEDS:
-            base, processor = load(base_folder)
-            model, _ = tune(base, processor, config, plan, seed, f"{name}, seed {seed}")
-            runs.append(accuracies(vqa.answer(model, processor, questions, "Answering"), questions))
-        results[name] = {"trainable_parameters": model.get_nb_trainable_parameters()[0], "accuracy": runs}
-        (output / "ablation.json").write_text(json.dumps(results, indent=2))
-    print(f"\n{format_ablation(results)}")
-
-
-def format_ablation(results: dict[str, dict[str, Any]]) -> str:
-    def spread(values: list[float]) -> str:
-        return f"{mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
-
-    lines = [
-        f"Accuracy on held-out images: mean of {len(ABLATION_SEEDS)} seeds (lowest to highest)\n",
-        f"{'tuned':<36}{'parameters':>11}  {PLAIN:<26}{'all tuned instructions':<26}{HELD_OUT} (held out)",
-    ]
-    for name, result in results.items():
-        columns = [
-            spread([run[PLAIN] for run in result["accuracy"]]),
-            spread([mean(run[instruction] for instruction in TUNED) for run in result["accuracy"]]),
-            spread([run[HELD_OUT] for run in result["accuracy"]]),
-        ]
-        lines.append(f"{name:<36}{result['trainable_parameters']:>11,}  " + "".join(f"{c:<26}" for c in columns))
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def quiet() -> None:
     """Leaves one progress bar per phase, and hides warnings of other libraries about each other."""
     datasets.disable_progress_bars()
@@ -230,7 +187,6 @@ def parse_arguments() -> argparse.Namespace:
         help="folder for adapter, results and figure (default: %(default)s)",
     )
     parser.add_argument("--short", action="store_true", help="run for less than a minute, and learn little")
-    parser.add_argument("--ablation", action="store_true", help="compare the kinds of prompts, with three seeds each")
     return parser.parse_args()
 
 
@@ -241,7 +197,7 @@ def main() -> None:
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         base_folder = arguments.base or tiny_llava.pretrained(arguments.cache_dir, plan.recipe, SEED)
-        (run_ablation if arguments.ablation else run)(base_folder, arguments.output, plan)
+        run(base_folder, arguments.output, plan)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

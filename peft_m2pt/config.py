@@ -61,8 +61,8 @@ class M2PTConfig(SavedConfig):
         connector_rank (`int` or `str`, *optional*, defaults to `"auto"`):
             How the connector is trained. An integer: each linear layer gets an update `B A` of this rank, which is
             zero at first. `None`: a full copy is trained, as in the paper, which can be most of the adapter (21
-            million parameters in LLaVA-1.5-7B). "auto": rank 8, or a full copy if no linear layer of the connector is
-            that wide (Gemma 3 has none). The resolved value is saved.
+            million parameters in LLaVA-1.5-7B). "auto": rank 64, or a full copy where that has no more parameters
+            (narrow connectors, and those without linear layers, as of Gemma 3). The resolved value is saved.
         visual_layers (`list[int]` or `str`, *optional*):
             The layers of the vision encoder that get prompts. `None` (default): all *live* layers, those whose output
             the model uses (LLaVA with `vision_feature_layer=-2` ignores the last one). A list holds layer indices;
@@ -129,7 +129,7 @@ class M2PTConfig(SavedConfig):
     interaction_placement: str = _option("layers", f"Where interaction prompts go, one of {PLACEMENTS}.")
     tune_connector: bool = _option(True, "Train the connector.")
     connector_rank: int | str | None = _option(
-        "auto", "Rank of the trained update of the connector. 'auto': 8. None: a full copy, which can be far larger."
+        "auto", "Rank of the trained update of the connector. 'auto': 64, or a copy if that is smaller. None: a copy."
     )
     visual_layers: list[int] | str | None = _option(
         None, f"Vision layers: None (all live ones), indices, or one of {LAYERS}."

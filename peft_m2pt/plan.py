@@ -34,8 +34,8 @@ from .register import PREFIX
 # Model types in which each row of the connector's output is an image token, for any number of rows.
 IMAGE_PLACEMENT = ("llava",)
 
-# Of `connector_rank="auto"`.
-DEFAULT_RANK = 8
+# The highest of `connector_rank="auto"`.
+DEFAULT_RANK = 64
 
 COLUMNS = ("part", "module", "layers", "tokens", "parameters", "share")
 
@@ -79,8 +79,15 @@ class Plan:
         """The rank of the trained update of the connector. `None`: there is none, but possibly a full copy."""
         if self.config.connector_rank != "auto":
             return cast("int | None", self.config.connector_rank)
-        is_wide = self.connector is not None and _widest_linear(self.connector.module) >= DEFAULT_RANK
-        return DEFAULT_RANK if self.config.tune_connector and is_wide else None
+        if self.connector is None or not self.config.tune_connector:
+            return None
+        module = self.connector.module
+        linears = [part for _, part in own_modules(module) if is_linear(part)]
+        rank = min(DEFAULT_RANK, _widest_linear(module))
+        num_updated = rank * sum(linear.in_features + linear.out_features for linear in linears)
+        num_copied = sum(linear.in_features * linear.out_features for linear in linears)
+        # Packed weights cannot be copied.
+        return rank if num_updated < num_copied or quantized_linears(module) else None
 
     @property
     def targets(self) -> set[str]:

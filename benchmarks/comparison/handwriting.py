@@ -53,7 +53,7 @@ class Handwriting(Task):
     )
     template = Template("USER: ", "\n{} ASSISTANT:", " {}</s>")
     dtype = torch.float32
-    known_question = quickstart.PLAIN
+    known_question = next(iter(digits.INSTRUCTIONS))
     plain_text = None
     fixed_test = False
 

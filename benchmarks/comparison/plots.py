@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 # A mean with its interval.
 Estimate = tuple[float, float, float]
+MARKERS = "osD^v"
 LEARNED = "right answers to tuned instructions (balanced)"
 
 
@@ -33,8 +34,12 @@ def trade_off(learned: dict[str, Estimate], forgotten: dict[str, Estimate], name
     points = {method: (forgotten[method][0], learned[method][0]) for method in learned}
     _scatter(axes, points)
     front = sorted(points[method] for method in pareto(points))
-    axes.plot(*zip(*front), color="#1e7b34", drawstyle="steps-post", label="none is better in both")
-    axes.legend(loc="lower right")
+    axes.plot(*zip(*front), color="#1e7b34", drawstyle="steps-post", label="none is better in both", zorder=1)
+    _name_points(axes)
+    # Broken language models are far from all others.
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel(f"{name}: lower is less forgotten")
     axes.set_ylabel(LEARNED)
     _save(file)
@@ -52,6 +57,7 @@ def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
 def sizes(learned: dict[str, Estimate], parameters: dict[str, int], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     _scatter(axes, {method: (parameters[method], learned[method][0]) for method in learned if parameters[method]})
+    _name_points(axes)
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(LEARNED)
@@ -59,10 +65,14 @@ def sizes(learned: dict[str, Estimate], parameters: dict[str, int], file: Path) 
 
 
 def _scatter(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    for method, (x, y) in points.items():
-        axes.plot(x, y, "o", color="#1a5fb4")
-        axes.annotate(method, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.2)
+    """Names the points in a legend, from the one that learned most on, since many lie close together."""
+    methods = sorted(points, key=lambda method: -points[method][1])
+    for place, method in enumerate(methods):
+        axes.plot(*points[method], MARKERS[place % len(MARKERS)], color=f"C{place}", label=method)
+
+
+def _name_points(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 
 
 def _save(file: Path) -> None:

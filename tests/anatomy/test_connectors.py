@@ -50,15 +50,11 @@ class Matrix(nn.Module):
         return image_features @ self.matrix
 
 
-class Narrow(Matrix):
-    """Its only linear layer is narrower than the default rank."""
+class Wide(nn.Sequential):
+    """A connector whose copy has more parameters than an update of the default rank."""
 
     def __init__(self):
-        super().__init__(4)
-        self.linear = nn.Linear(4, 48)
-
-    def forward(self, image_features):
-        return self.linear(super().forward(image_features))
+        super().__init__(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 48))
 
 
 def with_connector(connector):
@@ -147,16 +143,16 @@ class TestNumbers:
     @pytest.mark.parametrize(
         "make, config, rank, weights",
         [
-            (make_llava, {}, 8, "lora_"),
-            (make_llava, {"connector_rank": None}, None, "linear_1.default.weight"),
+            (make_llava, {}, None, "linear_1.default.weight"),
+            (lambda: with_connector(Wide), {}, 64, "lora_"),
+            (lambda: with_connector(Wide), {"connector_rank": None}, None, "2.default.weight"),
             (make_llava, {"connector_rank": 3}, 3, "lora_"),
             (lambda: with_connector(Matrix), {}, None, "matrix"),
-            (lambda: with_connector(Narrow), {}, None, "matrix"),
             (make_llava, {"tune_connector": False}, None, None),
         ],
     )
     def test_the_default_rank(self, tmp_path, make, config, rank, weights):
-        """8, or a full copy if no linear layer is that wide. What is saved says which."""
+        """64, or a full copy if that has no more parameters. What is saved says which."""
         peft_model = adapt(make(), **{"connector_rank": "auto", **config})
         trained = [name for name in trained_by(peft_model) if "m2pt_connector" in name]
         assert bool(trained) == (weights is not None) and all(weights in name or rank is None for name in trained)

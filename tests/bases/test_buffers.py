@@ -84,7 +84,7 @@ def test_no_copy_of_packed_weights():
     with pytest.raises(ValueError, match=message):
         get_peft_model(make_base(), M2PTConfig(connector_rank=None))
     model = get_peft_model(make_base(), M2PTConfig())
-    assert model.peft_config["default"].to_dict()["connector_rank"] == 8
+    assert model.peft_config["default"].to_dict()["connector_rank"] == 48
 
 
 def test_changed_buffers_are_noticed_while_decoding():

@@ -99,7 +99,7 @@ def test_wrong_arguments(kwargs, message):
         (PROMPTS_ALONE, {**PROMPTS_ALONE, "num_visual_tokens": 6}, r"equal shape, .*\[\[4, 32\]\].*\[\[6, 32\]\]"),
         (PROMPTS_ALONE, {**PROMPTS_ALONE, "textual_layers": [0]}, r"layers.1.self_attn': the adapters \['second'\]"),
         (PROMPTS_ALONE, {}, r"differ in tune_connector: \[False, True\]"),
-        ({"connector_rank": "auto"}, {}, r"connector_rank=\[8, None\], and a full copy \(None\) cannot be combined"),
+        ({"connector_rank": 8}, {}, r"connector_rank=\[8, None\], and a full copy \(None\) cannot be combined"),
     ],
 )
 def test_adapters_that_do_not_fit_together(first, second, message):
