@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from .cached_prompts import ATTRIBUTE as PROMPTS
 from .first_tokens import FirstTokens
 
 
@@ -87,6 +88,8 @@ def _patched(method: Callable, update: Callable[..., CachedFirstTokens | None]) 
     def patched(cache: Cache, *args: Any, **kwargs: Any) -> Any:
         by_layer = getattr(cache, ATTRIBUTE, None)
         result = method(cache, *args, **kwargs)
+        if update is _crop and hasattr(cache, PROMPTS) and int(cache.get_seq_length()) == 0:
+            getattr(cache, PROMPTS).clear()
         # Already updated if the method has called the one that it overrides.
         if by_layer and getattr(cache, ATTRIBUTE) is by_layer:
             # Layers that share a value still do.
