@@ -130,8 +130,8 @@ def joins_tokens(layer: Any) -> bool:
 
 
 def keep_joined(
-    layer: Any, keys: torch.Tensor, values: torch.Tensor, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    layer: Any, keys: torch.Tensor, values: torch.Tensor, start: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], bool]:
     """
     Lets a layer of a cache keep what its `update` would have kept, as views.
 
@@ -140,21 +140,19 @@ def keep_joined(
             A layer that [`joins_tokens`].
         keys (`torch.Tensor`), values (`torch.Tensor`):
             The keys and values of its tokens and a new one, and something in front of them.
-        num_tokens (`int`):
-            The number of tokens.
+        start (`int`):
+            Where its tokens start.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: What it keeps.
+        `tuple[tuple[torch.Tensor, torch.Tensor], bool]`: What it keeps, and whether these are all tokens.
     """
-    length, num_kept = keys.shape[-2], num_tokens
+    num_tokens = num_kept = keys.size(-2) - start
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length += 1
         num_kept = min(num_tokens, layer.sliding_window - 1 or num_tokens)
-    kept = layer.keys, layer.values = (
-        keys.narrow(-2, length - num_kept, num_kept),
-        values.narrow(-2, length - num_kept, num_kept),
-    )
-    return kept
+        start += num_tokens - num_kept
+    kept = layer.keys, layer.values = keys.narrow(-2, start, num_kept), values.narrow(-2, start, num_kept)
+    return kept, num_kept == num_tokens
 
 
 def take_back(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:

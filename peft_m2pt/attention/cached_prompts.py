@@ -105,6 +105,20 @@ def keep_prompts(cache: Any, path: str, prompts: CachedPrompts | None) -> None:
         setattr(cache, ATTRIBUTE, {**by_path, path: prompts})
 
 
+def let_go_of_tokens(cache: Any) -> bool:
+    """To be called before a method of a cache moves or removes tokens. Returns whether the cache keeps prompts."""
+    by_path = getattr(cache, ATTRIBUTE, {})
+    for kept in by_path.values():
+        if kept is not None and kept.in_front is not None:
+            kept.in_front.let_go()
+    return bool(by_path)
+
+
+def forget_prompts(cache: Any) -> None:
+    """Makes a cache keep no prompts."""
+    setattr(cache, ATTRIBUTE, {})
+
+
 def kept_prompts(cache: Any, path: str) -> CachedPrompts | None:
     """The prompts of an attention module that a cache keeps, if any."""
     return getattr(getattr(cache, "self_attention_cache", cache), ATTRIBUTE, {}).get(path)
@@ -131,6 +145,10 @@ class InFront:
         self._joined: tuple[torch.Tensor, torch.Tensor] | None = None
         self._tokens: tuple[Any, Any] = NOTHING
 
+    def let_go(self) -> None:
+        """Lets go of what the cache is about to replace."""
+        self._joined, self._tokens = None, NOTHING
+
     def join(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
         Does what `update` of a layer does, with prompts in front of what it returns.
@@ -146,16 +164,16 @@ class InFront:
         """
         # Hot path: once per layer and token.
         cached_keys, cached_values = self._tokens
-        if layer.keys is cached_keys and layer.values is cached_values:
+        is_as_before = layer.keys is cached_keys and layer.values is cached_values
+        if is_as_before and not getattr(layer, "record_past", False):
             keys, values = torch.cat((self._joined[0], key), -2), torch.cat((self._joined[1], value), -2)
         elif joins_tokens(layer):
             # The first time, or a method of the cache has moved or removed tokens.
             keys, values = _join(self.prompts.key, layer.keys, key), _join(self.prompts.value, layer.values, value)
         else:
             return None
-        num_tokens = keys.shape[-2] - self._num_prompts
-        kept = keep_joined(layer, keys, values, num_tokens)
-        self._tokens = kept if kept[0].shape[-2] == num_tokens else NOTHING
+        tokens, are_all = keep_joined(layer, keys, values, self._num_prompts)
+        self._tokens = tokens if are_all else NOTHING
         self._joined = keys, values
         return self._joined
 

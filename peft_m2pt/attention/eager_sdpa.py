@@ -17,7 +17,7 @@ def attend_masked(
     attend: Callable, module: nn.Module, prompts: PromptKV, query, key, value, attention_mask, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends with prompts in front of key and value. Without a mask, every query sees every key."""
-    attention_mask = _mask_with_prompts(prompts, query, key, attention_mask)
+    attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
     key, value = prompts.prepend_to(key, value)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -37,7 +37,7 @@ def attend_sdpa(
     """Attends with prompts in front of key and value, by torch's `scaled_dot_product_attention` or its equation."""
     is_plain = not kwargs.get("dropout") and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
     if query.shape[2] == 1 and attend is sdpa_attention_forward and is_plain and not prompts.is_in_front:
-        attention_mask = _mask_with_prompts(prompts, query, key, attention_mask)
+        attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
         return _attend_one_query(prompts, query, key, value, attention_mask, kwargs.get("scaling")), None
     if attention_mask is not None or query.shape[2] == 1 or not is_causal(module, kwargs):
         return attend_masked(attend, module, prompts, query, key, value, attention_mask, **kwargs)
@@ -93,7 +93,7 @@ def _attend_one_query(
 _widened: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _mask_with_prompts(
+def mask_with_prompts(
     prompts: PromptKV, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The mask for keys behind prompts. `None` if every query sees every key."""

@@ -41,7 +41,7 @@ from ..errors import UnsupportedModelError
 from ..per_thread import PerThread
 from ..upstream import PAGED_EAGER, attention_implementation, joins_tokens, take_back
 from .cached_prompts import InFront, Watch
-from .eager_sdpa import attend_eager, attend_masked, attend_sdpa
+from .eager_sdpa import attend_eager, attend_sdpa, mask_with_prompts
 from .flash import attend_flash
 from .flex import attend_flex
 from .paged import attend_paged
@@ -238,8 +238,9 @@ class _InFrontAttender(_Task):
         prompts = self.in_front.prompts
         _refuse_biases(self.module, self.path, prompts.count_tokens(key), kwargs)
         if extension is attend_sdpa:
-            # For one query, that needs no more.
-            extension = attend_masked
+            # All that is left to do for one query.
+            attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
+            return attend(self.module, query, key, value, attention_mask, **kwargs)
         return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
 
 
@@ -436,7 +437,14 @@ def attend_with_prompts(
     return output
 
 
-def attend_in_front(module: nn.Module, path: str, in_front: InFront, call: Callable[..., Any], *args, **kwargs) -> Any:
+def attend_in_front(
+    module: nn.Module,
+    path: str,
+    in_front: InFront,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """
     Calls an attention module for one token, with prompts in front of the tokens in its cache.
 
@@ -447,8 +455,10 @@ def attend_in_front(module: nn.Module, path: str, in_front: InFront, call: Calla
             Its module path, for error messages.
         in_front ([`~peft_m2pt.attention.cached_prompts.InFront`]):
             Puts the prompts there.
-        call (`Callable`), args, kwargs:
+        call (`Callable`):
             Calls the module on its token.
+        args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
+            The arguments of the call.
 
     Returns:
         `Any`: What the module returns.
@@ -464,11 +474,14 @@ def attend_in_front(module: nn.Module, path: str, in_front: InFront, call: Calla
         if attender.num_calls == 1:
             return output
         raise NotInFront
-    except NotInFront:
+    except Exception as error:
+        # An attention function that is not extended yet fails, for one, since its mask is too short.
+        if attender.num_calls > 0 and not isinstance(error, NotInFront):
+            raise
         if attender.before is not None:
             take_back(*attender.before)
-        in_front.is_safe = False
-        raise
+        in_front.is_safe = None
+        raise NotInFront from error
     finally:
         _task.value = before
 

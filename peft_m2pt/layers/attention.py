@@ -110,7 +110,7 @@ class M2PTAttention(M2PTLayer):
                 check_call(self.signature, self.signature.bind(args, kwargs), base_layer, self.site.path)
             try:
                 call = base_layer.call_without_adapters
-                return attend_in_front(base_layer, self.site.path, in_front, call, *args, **kwargs)
+                return attend_in_front(base_layer, self.site.path, in_front, call, args, kwargs)
             except NotInFront:
                 pass
         adapters, has_requests = self._adapters_in_use(), is_paged(cache)
@@ -163,10 +163,10 @@ class M2PTAttention(M2PTLayer):
         """The prompts that a cache keeps for this call, which has one token."""
         # Hot path: once per layer and token.
         kept = kept_prompts(cache, self.site.path)
-        tokens = self.signature.find_input(args, kwargs)
-        if kept is None or tokens.size(-2) > 1 or torch.is_grad_enabled() or self.disable_adapters:
+        if kept is None or torch.is_grad_enabled() or self.disable_adapters:
             return None
-        if not kept.belong_to(self.owner, _conditions(tokens)):
+        tokens = self.signature.find_input(args, kwargs)
+        if tokens.size(-2) > 1 or not kept.belong_to(self.owner, (*_conditions(tokens), *self.active_adapters)):
             return None
         first = kept.first_tokens
         return kept if first is None or first is first_tokens_in_cache(self.base_layer, cache) else None
@@ -205,12 +205,11 @@ class M2PTAttention(M2PTLayer):
         """What a cache keeps of prompts for its next token."""
         kinds = (self.m2pt_prompt, self.m2pt_interaction)
         owners = (self.owner, *(of_kind[name].owner for of_kind in kinds for name in adapters if name in of_kind))
-        kept = CachedPrompts(rows, first, owners, _conditions(arguments[self.signature.input_name]))
+        conditions = (*_conditions(arguments[self.signature.input_name]), *self.active_adapters)
+        kept = CachedPrompts(rows, first, owners, conditions)
         # Offloaded caches change places behind each call.
-        is_plain = (
-            isinstance(rows, PromptKV) and not self.signature.unknown and not getattr(cache, "offloading", False)
-        )
-        return replace(kept, in_front=InFront(rows)) if is_plain and kept.are_certain else kept
+        may_be_in_front = isinstance(rows, PromptKV) and kept.are_certain and not getattr(cache, "offloading", False)
+        return replace(kept, in_front=InFront(rows)) if may_be_in_front else kept
 
     def _rows_of_requests(self, adapters: list[str], arguments: dict[str, Any], cache: Any, call: int) -> PromptKV:
         """
@@ -301,7 +300,7 @@ class M2PTAttention(M2PTLayer):
         return modules
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        before = self.active_adapters
+        before = list(self.active_adapters)
         super().set_adapter(*args, **kwargs)
         if self.active_adapters != before:
             self.owner = self.owner.retire()

@@ -84,6 +84,7 @@ class M2PTPrompt(nn.Module):
             rows (`torch.Tensor` of shape `(num_tokens, width)`):
                 The prompt.
         """
+        self._renew_owner()
         if self.scale is not None:
             self.scale.fill_(scale_of(rows, self.relative_step))
             rows = rows / self.scale.to(rows.device)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.text_models import OTHER_TEXT, TEXT, WINDOW, make, make_ids, on_cac
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import AttentionInterface
 
 from peft_m2pt import M2PTConfig
 
@@ -232,6 +234,26 @@ class TestObserved:
         model, ids = make(), batch()
         compare(lambda: feed(model, SharingCache(), ids, 0, 6, 7, 8, 9, 10), 0)
 
+    def test_another_attention_implementation(self):
+        """Whose function M2PT has not extended yet."""
+        ids = batch()
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+        def run():
+            model = make()
+            cache, parts = DynamicCache(config=config_of(model)), []
+            for start, stop in ((0, 6), *((start, start + 1) for start in range(6, 13))):
+                if start == 9:
+                    model.set_attn_implementation("eager")
+                    AttentionInterface._global_mapping.pop("eager", None)
+                inputs = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+                parts.append(outputs(model, input_ids=ids[:, start:stop], **inputs, **on_cache(model, cache)))
+            return torch.cat(parts, dim=1)
+
+        compare(run, (2 + 1 + 3) * LAYERS)
+
 
 MOVES = {
     "crop": lambda cache: cache.crop(-2),
@@ -294,6 +316,16 @@ class TestCachesThatAreMoved:
             with counted() as calls:
                 assert_equal(feed(model, other, ids, 8, 9, 10, 11), expected)
             assert calls
+
+    @torch.no_grad()
+    def test_tokens_are_not_kept_twice(self):
+        """In a search with beams, a cache would take twice the memory."""
+        model, ids = make(), batch()
+        cache = DynamicCache(config=config_of(model))
+        feed(model, cache, ids, 0, 6, 7, 8, 9)
+        old = [weakref.ref(layer.keys) for layer in cache.layers]
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert all(reference() is None for reference in old)
 
     @torch.no_grad()
     def test_no_module_is_copied(self):
