@@ -288,6 +288,21 @@ class TestCachesThatAreMoved:
 
         compare(run)
 
+    def test_past_that_is_recorded_from_some_token_on(self):
+        model, ids = make("mistral"), batch()
+
+        def run():
+            cache = DynamicCache(config=config_of(model))
+            if not hasattr(cache, "activate_past_recording"):
+                pytest.skip("this version of transformers cannot crop a cache with a window")
+            first = feed(model, cache, ids, 0, 6, 7, 8, 9)
+            cache.activate_past_recording()
+            second = feed(model, cache, ids, 9, 10, 11)
+            cache.crop(-1)
+            return torch.cat([first, second, feed(model, cache, ids, 10, 11, 12)], dim=1)
+
+        compare(run)
+
     @pytest.mark.parametrize(
         "empty", [lambda cache: cache.crop(-9), lambda cache: cache.reset()], ids=["crop", "reset"]
     )
