@@ -182,7 +182,8 @@ class _Observer(_Attender):
 
     def update(self, method: Callable, layer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         returned = method(layer, *args, **kwargs)
-        if not joins_tokens(layer):
+        # A tensor of a class of its own cannot be watched.
+        if not joins_tokens(layer) or any(type(tensor) is not torch.Tensor for tensor in returned):
             return returned
         watches = [Watch(tensor) for tensor in returned]
         self.watches += watches
