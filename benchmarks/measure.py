@@ -69,9 +69,12 @@ class Stopwatch(BaseStreamer):
         pass
 
 
-def decoding_seconds(model: nn.Module, inputs: dict[str, torch.Tensor], num_tokens: int) -> float:
-    """Seconds for a token behind the first (median), with `generate`: greedy, with a dynamic cache, one sample."""
-    inputs = {name: value[: len(value) // len(inputs["input_ids"])] for name, value in without_labels(inputs).items()}
+def decoding_seconds(
+    model: nn.Module, inputs: dict[str, torch.Tensor], num_tokens: int, num_samples: int = 1
+) -> float:
+    """Seconds for a token behind the first (median), with `generate`: greedy, with a dynamic cache."""
+    size = len(inputs["input_ids"])
+    inputs = {name: value[: num_samples * len(value) // size] for name, value in without_labels(inputs).items()}
     stopwatch = Stopwatch()
     number = {"min_new_tokens": num_tokens + 1, "max_new_tokens": num_tokens + 1}
     model.generate(**inputs, **number, do_sample=False, streamer=stopwatch)

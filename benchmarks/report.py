@@ -59,6 +59,7 @@ def compare(methods: dict[str, dict[str, Any]], name: str, quantity: str, refere
 TITLES = {
     "forward": "forward",
     "decode": "decoding",
+    "decode_padded": "decoding four padded samples",
     "train": "training step",
     "peak_bytes": "peak memory",
     "saved_bytes": "activations",
@@ -94,6 +95,12 @@ def list_aims(results: dict[str, Any]) -> list[tuple[str, float, float]]:
                 value = compare(methods, name, quantity, reference)
                 value = value[1] if isinstance(value, tuple) else value
                 aims.append((f"{name}: {TITLES[quantity]} / {reference}", value, limit))
+    few, narrow = f"M2PT {NUMBERS[0]}", results["launch_bound"]
+    for quantity, limit in (("decode", 1.12), ("decode_padded", 1.15)):
+        _, middle, _ = compare(narrow, few, quantity, "base")
+        _, _, highest = compare(narrow, few, quantity, LORA)
+        aims.append((f"launch-bound, {few}: {TITLES[quantity]} / base", middle, limit))
+        aims.append((f"launch-bound, {few}: {TITLES[quantity]} / {LORA}, highest", highest, 1.0))
     for dims, adapters in results["loading"].items():
         for name, adapter in adapters.items():
             if name.startswith("M2PT"):
@@ -131,6 +138,18 @@ def make_markdown(results: dict[str, Any]) -> str:
         for aim, value, limit in list_aims(results)
     ]
     lines += _table(["aim", "measured", "limit", "met"], rows)
+    narrow = results["launch_bound"]
+    lines += [
+        "",
+        "## Launch-bound",
+        "",
+        "Decoding with 24 narrow layers and one thread, where small operations and Python take most of a step: "
+        f"{1e6 * median(narrow['base']['decode']) / 24:.0f} us for a layer of the base model. Ratios to the latter.",
+        "",
+    ]
+    quantities = ("decode", "decode_padded")
+    rows = [[name, *(_format(compare(narrow, name, quantity, "base")) for quantity in quantities)] for name in narrow]
+    lines += _table(["launch-bound", *(TITLES[quantity] for quantity in quantities)], rows)
     lines += ["", "## Growth", "", "Seconds of a training step (median), and peak memory in MB.", ""]
     names = list(results["growth"][0]["methods"])
     rows = [

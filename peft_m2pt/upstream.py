@@ -6,6 +6,7 @@ If a release changes any of it, `tests/test_upstream_ground.py` fails and says w
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from packaging.version import Version
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -78,6 +80,86 @@ def chunk_length(config: PretrainedConfig) -> int | None:
     """The length of the attention chunks of a language model (Llama 4). `None` if no layer has any."""
     has_chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return config.attention_chunk_size if has_chunks else None
+
+
+# Layers of caches that join the keys and values that they have with new ones.
+JOINING = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+# Marks their method `update` if it has been replaced.
+INTERCEPTED = "m2pt_intercepted"
+
+
+def intercept_updates(intercept: Callable) -> None:
+    """
+    Makes layers of dynamic caches call a function in the place of their method `update`.
+
+    Args:
+        intercept (`Callable`):
+            Gets that method, the layer, and the arguments of the method.
+    """
+    for layer_class in JOINING:
+        method = vars(layer_class)["update"]
+        if not hasattr(method, INTERCEPTED):
+            layer_class.update = _intercepted(method, intercept)
+
+
+def _intercepted(method: Callable, intercept: Callable) -> Callable:
+    @functools.wraps(method)
+    def update(
+        layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return intercept(method, layer, key_states, value_states, *args, **kwargs)
+
+    setattr(update, INTERCEPTED, True)
+    return update
+
+
+def joins_tokens(layer: Any) -> bool:
+    """
+    Whether `update` of a layer of a cache does nothing but to join the keys and values of tokens that it has with new
+    ones. Classes with a method of their own may do anything.
+    """
+    own = type(layer).update
+    return (
+        any(own is layer_class.update for layer_class in JOINING)
+        and layer.is_initialized
+        and layer.keys.dim() == 4
+        and not getattr(layer, "record_past", False)
+    )
+
+
+def keep_joined(
+    layer: Any, keys: torch.Tensor, values: torch.Tensor, start: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], bool]:
+    """
+    Lets a layer of a cache keep what its `update` would have kept, as views.
+
+    Args:
+        layer (`DynamicLayer`):
+            A layer that [`joins_tokens`].
+        keys (`torch.Tensor`), values (`torch.Tensor`):
+            The keys and values of its tokens and a new one, and something in front of them.
+        start (`int`):
+            Where its tokens start.
+
+    Returns:
+        `tuple[tuple[torch.Tensor, torch.Tensor], bool]`: What it keeps, and whether these are all tokens.
+    """
+    num_tokens = num_kept = keys.size(-2) - start
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length += 1
+        num_kept = min(num_tokens, layer.sliding_window - 1 or num_tokens)
+        start += num_tokens - num_kept
+    kept = layer.keys, layer.values = keys.narrow(-2, start, num_kept), values.narrow(-2, start, num_kept)
+    return kept, num_kept == num_tokens
+
+
+def take_back(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Undoes [`keep_joined`] for a layer of a cache that had these keys and values."""
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length -= 1
 
 
 def has_known_continuous_batching() -> bool:

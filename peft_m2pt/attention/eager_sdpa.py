@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .prompt_kv import PromptKV
@@ -16,7 +17,7 @@ def attend_masked(
     attend: Callable, module: nn.Module, prompts: PromptKV, query, key, value, attention_mask, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends with prompts in front of key and value. Without a mask, every query sees every key."""
-    attention_mask = _mask_with_prompts(prompts, query, key, attention_mask)
+    attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
     key, value = prompts.prepend_to(key, value)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -35,8 +36,8 @@ def attend_sdpa(
 ) -> tuple[torch.Tensor, None]:
     """Attends with prompts in front of key and value, by torch's `scaled_dot_product_attention` or its equation."""
     is_plain = not kwargs.get("dropout") and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
-    if query.shape[2] == 1 and attend is sdpa_attention_forward and is_plain:
-        attention_mask = _mask_with_prompts(prompts, query, key, attention_mask)
+    if query.shape[2] == 1 and attend is sdpa_attention_forward and is_plain and not prompts.is_in_front:
+        attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
         return _attend_one_query(prompts, query, key, value, attention_mask, kwargs.get("scaling")), None
     if attention_mask is not None or query.shape[2] == 1 or not is_causal(module, kwargs):
         return attend_masked(attend, module, prompts, query, key, value, attention_mask, **kwargs)
@@ -88,15 +89,32 @@ def _attend_one_query(
     return output.view(batch_size, 1, num_heads, -1)
 
 
-def _mask_with_prompts(
+# Masks of attention functions with columns for prompts. The layers share a mask, which each forward pass makes anew.
+_widened: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def mask_with_prompts(
     prompts: PromptKV, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The mask for keys behind prompts. `None` if every query sees every key."""
+    num_tokens = prompts.count_tokens(key)
     if attention_mask is None:
         if prompts.visible is None:
             return None
-        attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-    return widen_mask(attention_mask, len(prompts), key.shape[2], prompts.visible)
+        attention_mask = query.new_zeros(1, 1, query.shape[2], num_tokens)
+    elif prompts.visible is None and _lasts(attention_mask):
+        key = (attention_mask._version, len(prompts), num_tokens)
+        widened = _widened.setdefault(attention_mask, {})
+        if key not in widened:
+            widened[key] = widen_mask(attention_mask, len(prompts), num_tokens)
+        return widened[key]
+    return widen_mask(attention_mask, len(prompts), num_tokens, prompts.visible)
+
+
+def _lasts(attention_mask: torch.Tensor) -> bool:
+    """Whether what is made of a mask can be used again. In inference mode, torch does not count changes in place."""
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (in_graph or attention_mask.is_inference() or attention_mask.requires_grad)
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

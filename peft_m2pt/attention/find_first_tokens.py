@@ -76,7 +76,7 @@ def cache_first_tokens(
     Keeps the first tokens that a module without prompts puts into a cache, for prompts that are used on top of it
     later. A single token is skipped: decoding goes on from earlier ones.
     """
-    tokens = args[0] if args else kwargs[signature.input_name]
+    tokens = signature.find_input(args, kwargs)
     if tokens.shape[-2] == 1 or torch.compiler.is_compiling():
         return
     arguments = signature.bind(args, kwargs)

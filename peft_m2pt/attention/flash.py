@@ -47,7 +47,7 @@ def attend_flash(
         packing = find_packing(len(query), query.shape[2], kwargs)
         # `packing` replaces position ids, which would not fit the longer keys.
         kwargs = {**kwargs, **dict.fromkeys(PACKING_ARGUMENTS), **packing, "position_ids": None}
-    else:
+    elif not prompts.is_in_front:
         # The rest is the empty part of a static cache, which transformers crops in the same way.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     boundaries, max_length = packing.get("cu_seq_lens_k"), packing.get("max_length_k", key.shape[2])

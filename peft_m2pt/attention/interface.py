@@ -15,8 +15,9 @@ no sequence gets longer: each self-attention gets n more keys and values, and th
    `flash.py` or `flex.py` put the prompts in front of key and value, and widen the mask.
 
 Lifetimes: a `PromptKV` is made anew in each call of a layer, so gradient checkpointing recomputes it. Without
-gradients, the layer keeps it for the next token of the same cache, until a weight that it comes from changes. First
-tokens are found once in a forward pass, for all layers; those in a cache are kept with it (`cached_first_tokens.py`).
+gradients, the cache keeps it for its next token, which finds it in front of the tokens in the cache where that is safe
+(`cached_prompts.py`). First tokens are found once in a forward pass, for all layers; those in a cache are kept with it
+(`cached_first_tokens.py`).
 
 Threads: what the attention function is to do is one value per thread, set around the calls of the module.
 
@@ -38,8 +39,9 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from ..anatomy.attention_calls import find_attention_call
 from ..errors import UnsupportedModelError
 from ..per_thread import PerThread
-from ..upstream import PAGED_EAGER, attention_implementation
-from .eager_sdpa import attend_eager, attend_sdpa
+from ..upstream import PAGED_EAGER, attention_implementation, joins_tokens, take_back
+from .cached_prompts import InFront, Watch
+from .eager_sdpa import attend_eager, attend_sdpa, mask_with_prompts
 from .flash import attend_flash
 from .flex import attend_flex
 from .paged import attend_paged
@@ -61,7 +63,15 @@ class _Recorded(Exception):
     """Ends the pass of a module on prompts, whose output is not needed."""
 
 
-class _Recorder:
+class _Task:
+    """What the attention function, and `update` of a cache, are to do for a module that is being called."""
+
+    def update(self, method: Callable, layer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer of a cache does with new keys and values, and returns to the module."""
+        return method(layer, *args, **kwargs)
+
+
+class _Recorder(_Task):
     """Takes the key and value that a module passes to its attention function, in one of its calls of it."""
 
     def __init__(self, module: nn.Module, path: str, masks: list[torch.Tensor], call: int) -> None:
@@ -72,7 +82,7 @@ class _Recorder:
         self.prompts: PromptKV | None = None
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
-        _refuse_biases(self.module, self.path, key, kwargs)
+        _refuse_biases(self.module, self.path, key.shape[2], kwargs)
         self._check_mask(attention_mask)
         if self.calls_left > 0:
             self.calls_left -= 1
@@ -103,9 +113,8 @@ UNBIASED = {
 }
 
 
-def _refuse_biases(module: nn.Module, path: str, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+def _refuse_biases(module: nn.Module, path: str, num_keys: int, kwargs: dict[str, Any]) -> None:
     """Refuses what a module passes to its attention function with one number per key, which prompts do not have."""
-    num_keys = key.shape[2]
     for name, value in kwargs.items():
         if name in UNBIASED or not isinstance(value, torch.Tensor) or value.dim() == 0:
             continue
@@ -121,7 +130,7 @@ def _biased(module: nn.Module, path: str, what: str) -> UnsupportedModelError:
     )
 
 
-class _Attender:
+class _Attender(_Task):
     """
     Puts prompts in front of the key and value that a module passes to its attention function.
 
@@ -145,7 +154,7 @@ class _Attender:
         self.num_calls = 0
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
-        _refuse_biases(self.module, self.path, key, kwargs)
+        _refuse_biases(self.module, self.path, key.shape[2], kwargs)
         prompts = self.prompts
         if not isinstance(prompts, PromptKV) and kwargs.get("cu_seq_lens_k") is None:
             prompts = prompts[self.num_calls]
@@ -156,6 +165,83 @@ class _Attender:
             return attend(self.module, query, key, value, attention_mask, **kwargs)
         if self.is_paged:
             extension = partial(attend_paged, extension)
+        return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
+
+
+class NotInFront(Exception):
+    """Ends a call of a module that does otherwise with its cache than was observed."""
+
+
+class _Observer(_Attender):
+    """Attends as before, and observes whether prompts may stand in front of the tokens in a cache."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.watches: list[Watch] = []
+        self.arrived = False
+
+    def update(self, method: Callable, layer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        returned = method(layer, *args, **kwargs)
+        # A tensor of a class of its own cannot be watched.
+        if not joins_tokens(layer) or any(type(tensor) is not torch.Tensor for tensor in returned):
+            return returned
+        watches = [Watch(tensor) for tensor in returned]
+        self.watches += watches
+        return tuple(watch.hand_over() for watch in watches)
+
+    def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
+        watches = self.watches
+        if len(watches) == 2 and watches[0].is_seen_in(key) and watches[1].is_seen_in(value):
+            self.arrived = _may_be_in_front(extension, kwargs)
+        plain = {id(watch.reference()): watch.tensor for watch in watches}
+        key, value = plain.get(id(key), key), plain.get(id(value), value)
+        return super().__call__(extension, attend, query, key, value, attention_mask, **kwargs)
+
+    @property
+    def is_safe(self) -> bool:
+        """What was observed, after the call."""
+        return self.arrived and self.num_calls == 1 and all(watch.is_let_go for watch in self.watches)
+
+
+def _may_be_in_front(extension: Callable, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention implementation takes keys with prompts in front of them."""
+    if extension is attend_flash:
+        return kwargs.get("sliding_window") is None and kwargs.get("cu_seq_lens_k") is None
+    return extension is attend_sdpa or extension is attend_eager
+
+
+class _InFrontAttender(_Task):
+    """Attends to prompts in front of the tokens in a cache, as the module does without them."""
+
+    def __init__(self, module: nn.Module, path: str, in_front: InFront) -> None:
+        self.module = module
+        self.path = path
+        self.in_front = in_front
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.before: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+        self.num_calls = 0
+
+    def update(self, method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):
+        before = layer, layer.keys, layer.values
+        joined = None if self.before is not None else self.in_front.join(layer, key, value)
+        if joined is None:
+            raise NotInFront
+        self.before = before
+        self.keys, self.values = joined
+        return joined
+
+    def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
+        is_joined = key is self.keys and value is self.values and self.num_calls == 0
+        if not is_joined or not _may_be_in_front(extension, kwargs):
+            raise NotInFront
+        self.num_calls = 1
+        prompts = self.in_front.prompts
+        _refuse_biases(self.module, self.path, prompts.count_tokens(key), kwargs)
+        if extension is attend_sdpa:
+            # All that is left to do for one query.
+            attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
+            return attend(self.module, query, key, value, attention_mask, **kwargs)
         return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
 
 
@@ -185,6 +271,16 @@ class PromptAttention:
         if task is None or task.module is not module:
             return attend(module, query, key, value, attention_mask, **kwargs)
         return task(self.extension, attend, query, key, value, attention_mask, **kwargs)
+
+
+def intercept_update(
+    method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What layers of caches call in the place of their method `update`."""
+    task = _task.value
+    if task is None or torch.compiler.is_compiling():
+        return method(layer, key, value, *args, **kwargs)
+    return task.update(method, layer, key, value, *args, **kwargs)
 
 
 def _own_eager_attention(module_class: type) -> Callable:
@@ -305,6 +401,7 @@ def attend_with_prompts(
     record: Callable[[int], PromptKV] | None,
     call: Callable[[], Any],
     is_paged: bool = False,
+    in_front: InFront | None = None,
 ) -> Any:
     """
     Calls an attention module, which attends to prompts besides its own tokens.
@@ -322,6 +419,8 @@ def attend_with_prompts(
             Calls the module on its tokens.
         is_paged (`bool`, defaults to `False`):
             Whether it does so with a paged cache.
+        in_front ([`~peft_m2pt.attention.cached_prompts.InFront`], *optional*):
+            Gets to know whether it can put the prompts in front of the tokens in the cache of the module.
 
     Returns:
         `Any`: What the module returns.
@@ -329,11 +428,63 @@ def attend_with_prompts(
     Raises:
         UnsupportedModelError: If the attention function was not called, or adds a bias to scores.
     """
-    attender = _Attender(module, path, prompts, record, is_paged)
+    is_observed = in_front is not None and in_front.is_safe is None
+    attender = (_Observer if is_observed else _Attender)(module, path, prompts, record, is_paged)
     output = _run(attender, call)
     if attender.num_calls == 0:
         raise _bypassed(module, path)
+    if is_observed:
+        in_front.is_safe = attender.is_safe
     return output
+
+
+def attend_in_front(
+    module: nn.Module,
+    path: str,
+    in_front: InFront,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """
+    Calls an attention module for one token, with prompts in front of the tokens in its cache.
+
+    Args:
+        module (`nn.Module`):
+            The attention module.
+        path (`str`):
+            Its module path, for error messages.
+        in_front ([`~peft_m2pt.attention.cached_prompts.InFront`]):
+            Puts the prompts there.
+        call (`Callable`):
+            Calls the module on its token.
+        args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
+            The arguments of the call.
+
+    Returns:
+        `Any`: What the module returns.
+
+    Raises:
+        NotInFront: If the module does otherwise with its cache than was observed. The cache is as before.
+        UnsupportedModelError: If it adds a bias to scores.
+    """
+    attender = _InFrontAttender(module, path, in_front)
+    before, _task.value = _task.value, attender
+    try:
+        output = call(*args, **kwargs)
+        if attender.num_calls == 1:
+            return output
+        raise NotInFront
+    except Exception as error:
+        # An attention function that is not extended yet fails, for one, since its mask is too short.
+        if attender.num_calls > 0 and not isinstance(error, NotInFront):
+            raise
+        if attender.before is not None:
+            take_back(*attender.before)
+        in_front.is_safe = None
+        raise NotInFront from error
+    finally:
+        _task.value = before
 
 
 def _run(task: _Recorder | _Attender, function: Callable, *args: Any, **kwargs: Any) -> Any:

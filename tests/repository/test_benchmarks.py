@@ -40,6 +40,10 @@ def test_a_whole_run(tmp_path, capsys):
         if name != "base":
             assert 0 < measured["saved_bytes"] <= measured["peak_bytes"]
         assert f"| {name} | " in table.read_text()
+    for name, measured in results["launch_bound"].items():
+        assert name in names
+        assert all(len(times) == 2 and min(times) > 0 for times in measured.values())
+    assert "| launch-bound | decoding | decoding four padded samples |" in table.read_text()
     assert len(results["growth"]) == len(GROWTH)
     for size in results["growth"]:
         assert list(size["methods"]) == [method.name for method in growing_methods(DIMS["tiny"])]

@@ -1,0 +1,227 @@
+"""
+Prompts that a cache keeps for its next token.
+
+In a step of decoding, a layer of the cache joins the keys that it has with the new one, and the attention function
+gets the result. With prompts in front of that, a step costs what it costs in the base model. They are there during the
+call only: the layer keeps views of the tokens behind them, so whatever reads, moves or copies a cache finds tokens
+alone.
+
+Whether this is safe is observed in the first step: what `update` of the layer has returned has to reach the attention
+function untouched, and nothing may hold on to it. Layers that share keys, expand latents or select keys do otherwise;
+other kinds of caches do not join keys. The attention function adds the prompts there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..upstream import joins_tokens, keep_joined
+from .first_tokens import FirstTokens
+from .prompt_kv import PromptKV
+
+
+# The attribute of a cache, which its copies get too.
+ATTRIBUTE = "m2pt_cached_prompts"
+
+
+class Owner:
+    """
+    Stands for prompts as they are. What replaces them retires their owner, so that no cache serves the old ones.
+    Copies of a cache have the same owner, but not if they come out of a file.
+    """
+
+    def __init__(self, is_current: bool = True) -> None:
+        self.is_current = is_current
+
+    def retire(self) -> Owner:
+        """Ends what the owner stands for. Returns the next one."""
+        self.is_current = False
+        return Owner()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Owner, (False,)
+
+
+@dataclass(frozen=True)
+class CachedPrompts:
+    """
+    What a cache keeps of the prompts of an attention module.
+
+    Args:
+        prompts (`PromptKV` or `list[PromptKV | None]`, *optional*):
+            Their keys and values.
+        first_tokens ([`~peft_m2pt.attention.first_tokens.FirstTokens`], *optional*):
+            What they stand in front of. `None` for prompts without positions.
+        owners (`tuple[Owner, ...]`):
+            That of the layer, and those of the prompts in it.
+        conditions (`tuple[Any, ...]`):
+            What else they depend on: dtype, device, adapters of the samples.
+        in_front ([`InFront`], *optional*):
+            Puts them in front of the tokens in the cache. `None` if the attention function always adds them.
+    """
+
+    prompts: PromptKV | list[PromptKV | None] | None
+    first_tokens: FirstTokens | None
+    owners: tuple[Owner, ...]
+    conditions: tuple[Any, ...]
+    in_front: InFront | None = None
+
+    @property
+    def are_certain(self) -> bool:
+        """Whether they fit any next token. If samples start at several positions, its mask tells."""
+        return self.first_tokens is None or self.first_tokens.count == 1
+
+    def belong_to(self, owner: Owner, conditions: tuple[Any, ...]) -> bool:
+        """Whether the next token of a layer can use them."""
+        if self.owners[0] is not owner or self.conditions != conditions:
+            return False
+        return all(owner.is_current for owner in self.owners)
+
+
+def keep_prompts(cache: Any, path: str, prompts: CachedPrompts | None) -> None:
+    """
+    Lets a cache keep the prompts of an attention module.
+
+    Args:
+        cache (`Cache`):
+            The cache.
+        path (`str`):
+            The module path of the attention.
+        prompts ([`CachedPrompts`], *optional*):
+            The prompts. `None` to keep none.
+    """
+    # That of an encoder-decoder holds one for self-attention.
+    cache = getattr(cache, "self_attention_cache", cache)
+    by_path = getattr(cache, ATTRIBUTE, {})
+    if prompts is not None or path in by_path:
+        setattr(cache, ATTRIBUTE, {**by_path, path: prompts})
+
+
+def let_go_of_tokens(cache: Any) -> bool:
+    """To be called before a method of a cache moves or removes tokens. Returns whether the cache keeps prompts."""
+    by_path = getattr(cache, ATTRIBUTE, {})
+    for kept in by_path.values():
+        if kept is not None and kept.in_front is not None:
+            kept.in_front.let_go()
+    return bool(by_path)
+
+
+def forget_prompts(cache: Any) -> None:
+    """Makes a cache keep no prompts."""
+    setattr(cache, ATTRIBUTE, {})
+
+
+def kept_prompts(cache: Any, path: str) -> CachedPrompts | None:
+    """The prompts of an attention module that a cache keeps, if any."""
+    return getattr(getattr(cache, "self_attention_cache", cache), ATTRIBUTE, {}).get(path)
+
+
+# No tokens, which no layer has.
+NOTHING = (object(), object())
+
+
+class InFront:
+    """
+    Puts prompts in front of the tokens in a layer of a cache, for calls with one token.
+
+    Args:
+        prompts ([`~peft_m2pt.attention.prompt_kv.PromptKV`]):
+            The prompts.
+    """
+
+    def __init__(self, prompts: PromptKV) -> None:
+        self.prompts = replace(prompts, is_in_front=True)
+        self.is_safe: bool | None = None
+        """Whether prompts may stand there. `None` until it has been observed."""
+        self._num_prompts = len(prompts)
+        self._joined: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tokens: tuple[Any, Any] = NOTHING
+
+    def let_go(self) -> None:
+        """Lets go of what the cache is about to replace."""
+        self._joined, self._tokens = None, NOTHING
+
+    def join(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        Does what `update` of a layer does, with prompts in front of what it returns.
+
+        Args:
+            layer (`DynamicLayer`):
+                A layer of a cache, which keeps tokens alone.
+            key (`torch.Tensor`), value (`torch.Tensor`):
+                Key and value of a token.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Keys and values. `None` if the layer would not join them.
+        """
+        # Hot path: once per layer and token.
+        cached_keys, cached_values = self._tokens
+        is_as_before = layer.keys is cached_keys and layer.values is cached_values
+        if is_as_before and not getattr(layer, "record_past", False):
+            keys, values = torch.cat((self._joined[0], key), -2), torch.cat((self._joined[1], value), -2)
+        elif joins_tokens(layer):
+            # The first time, or a method of the cache has moved or removed tokens.
+            keys, values = _join(self.prompts.key, layer.keys, key), _join(self.prompts.value, layer.values, value)
+        else:
+            return None
+        tokens, are_all = keep_joined(layer, keys, values, self._num_prompts)
+        self._tokens = tokens if are_all else NOTHING
+        self._joined = keys, values
+        return self._joined
+
+
+def _join(prompts: torch.Tensor, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.cat((prompts.to(new.dtype).expand(new.shape[0], -1, -1, -1), cached, new), -2)
+
+
+class Watched(torch.Tensor):
+    """A tensor that takes down which functions it is passed to, its own methods and attributes included."""
+
+    used_by: list[Any]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, cls):
+                value.used_by.append(function)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+class Watch:
+    """
+    Watches what becomes of the keys or values that `update` of a cache has returned to a module.
+
+    Args:
+        tensor (`torch.Tensor`):
+            The keys or values.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.used_by: list[Any] = []
+        self._watched: Watched | None = tensor.as_subclass(Watched)
+        self._watched.used_by = self.used_by
+        self.reference = weakref.ref(self._watched)
+
+    def hand_over(self) -> torch.Tensor:
+        """What the module gets in the place of the tensor."""
+        watched, self._watched = self._watched, None
+        return watched
+
+    def is_seen_in(self, tensor: torch.Tensor) -> bool:
+        """Whether that reaches the attention function as it was handed over."""
+        return tensor is self.reference() and not self.used_by
+
+    @property
+    def is_let_go(self) -> bool:
+        """Whether nobody holds on to it."""
+        return self.reference() is None
