@@ -90,29 +90,20 @@ JOINING = (DynamicLayer, DynamicSlidingWindowLayer)
 INTERCEPTED = "m2pt_intercepted"
 
 
-def intercept_updates(intercept: Callable) -> None:
+def intercept_updates(intercept: Callable[[Callable], Callable]) -> None:
     """
-    Makes layers of dynamic caches call a function in the place of their method `update`.
+    Replaces the method `update` of layers of dynamic caches.
 
     Args:
         intercept (`Callable`):
-            Gets that method, the layer, and the arguments of the method.
+            Makes the method that takes the place of one.
     """
     for layer_class in JOINING:
         method = vars(layer_class)["update"]
         if not hasattr(method, INTERCEPTED):
-            layer_class.update = _intercepted(method, intercept)
-
-
-def _intercepted(method: Callable, intercept: Callable) -> Callable:
-    @functools.wraps(method)
-    def update(
-        layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return intercept(method, layer, key_states, value_states, *args, **kwargs)
-
-    setattr(update, INTERCEPTED, True)
-    return update
+            update = functools.wraps(method)(intercept(method))
+            setattr(update, INTERCEPTED, True)
+            layer_class.update = update
 
 
 def joins_tokens(layer: Any) -> bool:

@@ -180,7 +180,13 @@ class Signature:
 
     def find_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hidden states in the arguments of a call."""
-        return args[0] if args else next(kwargs[name] for name in self.input_names if name in kwargs)
+        if args:
+            return args[0]
+        # Hot path: once per layer and token.
+        for name in self.input_names:
+            if name in kwargs:
+                return kwargs[name]
+        raise TypeError(f"There are no hidden states among {list(kwargs)}.")
 
     def find_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The cache in the arguments of a call. `None` if there is none."""

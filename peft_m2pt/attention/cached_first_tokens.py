@@ -63,9 +63,11 @@ def cached_first_tokens(cache: Any) -> dict[int, CachedFirstTokens]:
     """The first tokens in a cache, by layer."""
     # That of an encoder-decoder holds one for self-attention.
     cache = getattr(cache, "self_attention_cache", cache)
-    if not hasattr(cache, ATTRIBUTE):
-        setattr(cache, ATTRIBUTE, {})
-    return getattr(cache, ATTRIBUTE)
+    by_layer = getattr(cache, ATTRIBUTE, None)
+    if by_layer is None:
+        by_layer = {}
+        setattr(cache, ATTRIBUTE, by_layer)
+    return by_layer
 
 
 def patch_cache_methods(cache_class: type[Cache] = Cache) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .prompt_kv import PromptKV
@@ -89,26 +89,38 @@ def _attend_one_query(
     return output.view(batch_size, 1, num_heads, -1)
 
 
-# Masks of attention functions with columns for prompts. The layers share a mask, which each forward pass makes anew.
-_widened: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Masks of attention functions with columns for prompts, by the id of the mask without: layers share a mask, which each
+# forward pass makes anew. Not a `WeakIdKeyDictionary`, which is slow.
+_widened: dict[int, tuple[weakref.ref, dict[tuple[int, ...], torch.Tensor]]] = {}
 
 
 def mask_with_prompts(
     prompts: PromptKV, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The mask for keys behind prompts. `None` if every query sees every key."""
-    num_tokens = prompts.count_tokens(key)
+    if attention_mask is None and prompts.visible is None:
+        return None
+    num_tokens, num_prompts = prompts.count_tokens(key), len(prompts)
     if attention_mask is None:
-        if prompts.visible is None:
-            return None
         attention_mask = query.new_zeros(1, 1, query.shape[2], num_tokens)
     elif prompts.visible is None and _lasts(attention_mask):
-        key = (attention_mask._version, len(prompts), num_tokens)
-        widened = _widened.setdefault(attention_mask, {})
-        if key not in widened:
-            widened[key] = widen_mask(attention_mask, len(prompts), num_tokens)
-        return widened[key]
-    return widen_mask(attention_mask, len(prompts), num_tokens, prompts.visible)
+        widened = _widened_masks(attention_mask)
+        sizes = attention_mask._version, num_prompts, num_tokens
+        if sizes not in widened:
+            widened[sizes] = widen_mask(attention_mask, num_prompts, num_tokens)
+        return widened[sizes]
+    return widen_mask(attention_mask, num_prompts, num_tokens, prompts.visible)
+
+
+def _widened_masks(attention_mask: torch.Tensor) -> dict[tuple[int, ...], torch.Tensor]:
+    """What was made of a mask, by its version and the numbers of prompts and tokens. It goes when the mask does."""
+    # Hot path: once per layer and token.
+    number = id(attention_mask)
+    entry = _widened.get(number)
+    if entry is None or entry[0]() is not attention_mask:
+        reference = weakref.ref(attention_mask, lambda _: _widened.pop(number, None))
+        entry = _widened[number] = reference, {}
+    return entry[1]
 
 
 def _lasts(attention_mask: torch.Tensor) -> bool:

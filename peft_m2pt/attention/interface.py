@@ -116,7 +116,7 @@ UNBIASED = {
 def _refuse_biases(module: nn.Module, path: str, num_keys: int, kwargs: dict[str, Any]) -> None:
     """Refuses what a module passes to its attention function with one number per key, which prompts do not have."""
     for name, value in kwargs.items():
-        if name in UNBIASED or not isinstance(value, torch.Tensor) or value.dim() == 0:
+        if not isinstance(value, torch.Tensor) or name in UNBIASED or value.dim() == 0:
             continue
         is_per_key = value.is_floating_point() and num_keys > 1 and value.shape[-1] == num_keys
         if is_per_key or name == "position_bias":
@@ -205,22 +205,23 @@ class _Observer(_Attender):
 
 def _may_be_in_front(extension: Callable, kwargs: dict[str, Any]) -> bool:
     """Whether an attention implementation takes keys with prompts in front of them."""
-    if extension is attend_flash:
-        return kwargs.get("sliding_window") is None and kwargs.get("cu_seq_lens_k") is None
-    return extension is attend_sdpa or extension is attend_eager
+    if extension is attend_sdpa or extension is attend_eager:
+        return True
+    return extension is attend_flash and kwargs.get("sliding_window") is None and kwargs.get("cu_seq_lens_k") is None
 
 
 class _InFrontAttender(_Task):
     """Attends to prompts in front of the tokens in a cache, as the module does without them."""
 
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    before: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+    num_calls = 0
+
     def __init__(self, module: nn.Module, path: str, in_front: InFront) -> None:
         self.module = module
         self.path = path
         self.in_front = in_front
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
-        self.before: tuple[Any, torch.Tensor, torch.Tensor] | None = None
-        self.num_calls = 0
 
     def update(self, method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):
         before = layer, layer.keys, layer.values
@@ -233,14 +234,18 @@ class _InFrontAttender(_Task):
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
         is_joined = key is self.keys and value is self.values and self.num_calls == 0
-        if not is_joined or not _may_be_in_front(extension, kwargs):
+        if not is_joined or not (extension is attend_sdpa or _may_be_in_front(extension, kwargs)):
             raise NotInFront
         self.num_calls = 1
         prompts = self.in_front.prompts
-        _refuse_biases(self.module, self.path, prompts.count_tokens(key), kwargs)
+        for argument in kwargs.values():
+            if isinstance(argument, torch.Tensor):
+                _refuse_biases(self.module, self.path, prompts.count_tokens(key), kwargs)
+                break
         if extension is attend_sdpa:
             # All that is left to do for one query.
-            attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
+            if attention_mask is not None or prompts.visible is not None:
+                attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
             return attend(self.module, query, key, value, attention_mask, **kwargs)
         return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
 
@@ -273,14 +278,18 @@ class PromptAttention:
         return task(self.extension, attend, query, key, value, attention_mask, **kwargs)
 
 
-def intercept_update(
-    method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What layers of caches call in the place of their method `update`."""
-    task = _task.value
-    if task is None or torch.compiler.is_compiling():
-        return method(layer, key, value, *args, **kwargs)
-    return task.update(method, layer, key, value, *args, **kwargs)
+def intercept_update(method: Callable) -> Callable:
+    """Makes what takes the place of the method `update` of layers of caches, see `intercept_updates`."""
+
+    def update(
+        layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        task = _task.value
+        if task is None or torch.compiler.is_compiling():
+            return method(layer, key_states, value_states, *args, **kwargs)
+        return task.update(method, layer, key_states, value_states, *args, **kwargs)
+
+    return update
 
 
 def _own_eager_attention(module_class: type) -> Callable:
@@ -442,7 +451,6 @@ def attend_in_front(
     module: nn.Module,
     path: str,
     in_front: InFront,
-    call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -456,8 +464,6 @@ def attend_in_front(
             Its module path, for error messages.
         in_front ([`~peft_m2pt.attention.cached_prompts.InFront`]):
             Puts the prompts there.
-        call (`Callable`):
-            Calls the module on its token.
         args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
             The arguments of the call.
 
@@ -471,7 +477,7 @@ def attend_in_front(
     attender = _InFrontAttender(module, path, in_front)
     before, _task.value = _task.value, attender
     try:
-        output = call(*args, **kwargs)
+        output = module.call_without_adapters(*args, **kwargs)
         if attender.num_calls == 1:
             return output
         raise NotInFront

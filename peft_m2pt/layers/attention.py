@@ -109,8 +109,7 @@ class M2PTAttention(M2PTLayer):
             if self.signature.unknown:
                 check_call(self.signature, self.signature.bind(args, kwargs), base_layer, self.site.path)
             try:
-                call = base_layer.call_without_adapters
-                return attend_in_front(base_layer, self.site.path, in_front, call, args, kwargs)
+                return attend_in_front(base_layer, self.site.path, in_front, args, kwargs)
             except NotInFront:
                 pass
         adapters, has_requests = self._adapters_in_use(), is_paged(cache)
@@ -163,10 +162,10 @@ class M2PTAttention(M2PTLayer):
         """The prompts that a cache keeps for this call, which has one token."""
         # Hot path: once per layer and token.
         kept = kept_prompts(cache, self.site.path)
-        if kept is None or torch.is_grad_enabled() or self.disable_adapters:
+        if kept is None or torch.is_grad_enabled() or self._disable_adapters:
             return None
         tokens = self.signature.find_input(args, kwargs)
-        if tokens.size(-2) > 1 or not kept.belong_to(self.owner, (*_conditions(tokens), *self.active_adapters)):
+        if tokens.size(-2) > 1 or not kept.belong_to(self.owner, _conditions(tokens)):
             return None
         first = kept.first_tokens
         return kept if first is None or first is first_tokens_in_cache(self.base_layer, cache) else None
@@ -205,8 +204,7 @@ class M2PTAttention(M2PTLayer):
         """What a cache keeps of prompts for its next token."""
         kinds = (self.m2pt_prompt, self.m2pt_interaction)
         owners = (self.owner, *(of_kind[name].owner for of_kind in kinds for name in adapters if name in of_kind))
-        conditions = (*_conditions(arguments[self.signature.input_name]), *self.active_adapters)
-        kept = CachedPrompts(rows, first, owners, conditions)
+        kept = CachedPrompts(rows, first, owners, _conditions(arguments[self.signature.input_name]))
         # Offloaded caches change places behind each call.
         may_be_in_front = isinstance(rows, PromptKV) and kept.are_certain and not getattr(cache, "offloading", False)
         return replace(kept, in_front=InFront(rows)) if may_be_in_front else kept
@@ -401,16 +399,14 @@ def in_graph() -> bool:
 
 
 def _conditions(tokens: torch.Tensor) -> tuple[Any, ...]:
-    """What prompts depend on besides weights and positions."""
+    """What prompts depend on besides active adapters, weights and positions."""
+    # Hot path: once per layer and token. A function called is a function paid for.
     device, samples = tokens.device, sample_adapters()
-    batch = None if samples is None else (samples, len(tokens))
-    return tokens.dtype, device, _autocast_dtype(device.type), batch
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    device_type = device.type
     # The meta device has no autocast.
-    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_on else None
+    is_autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    autocast_dtype = torch.get_autocast_dtype(device_type) if is_autocast else None
+    return tokens.dtype, device, autocast_dtype, None if samples is None else (samples, len(tokens))
 
 
 def _version(weight: torch.Tensor) -> int | None:
