@@ -18,7 +18,7 @@ import transformers.integrations.peft
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from packaging.version import Version
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -85,14 +85,13 @@ def chunk_length(config: PretrainedConfig) -> int | None:
 # Layers of caches that join the keys and values that they have with new ones.
 JOINING = (DynamicLayer, DynamicSlidingWindowLayer)
 
-
-# Marks their method `update` if it has been replaced.
-INTERCEPTED = "m2pt_intercepted"
+# Their methods `update` that call a function first.
+_intercepting: set[Callable] = set()
 
 
 def intercept_updates(intercept: Callable[[Callable], Callable]) -> None:
     """
-    Replaces the method `update` of layers of dynamic caches.
+    Replaces the method `update` of layers of dynamic caches, if it is that of transformers.
 
     Args:
         intercept (`Callable`):
@@ -100,29 +99,38 @@ def intercept_updates(intercept: Callable[[Callable], Callable]) -> None:
     """
     for layer_class in JOINING:
         method = vars(layer_class)["update"]
-        if not hasattr(method, INTERCEPTED):
-            update = functools.wraps(method)(intercept(method))
-            setattr(update, INTERCEPTED, True)
-            layer_class.update = update
+        if method not in _intercepting and getattr(method, "__globals__", None) is vars(cache_utils):
+            layer_class.update = functools.wraps(method)(intercept(method))
+            _intercepting.add(layer_class.update)
+
+
+def layer_in_cache(cache: Any, index: int) -> Any:
+    """A layer of a cache. `None` if it is not there (yet)."""
+    layers = getattr(cache, "layers", ())
+    return layers[index] if index < len(layers) else None
+
+
+def is_known_to_be_empty(layer: Any) -> bool:
+    """Whether a layer of a cache has no tokens. To find that out of a static one would wait for the device."""
+    return layer is None or (isinstance(layer, JOINING) and layer.get_seq_length() == 0)
 
 
 def joins_tokens(layer: Any) -> bool:
     """
-    Whether `update` of a layer of a cache does nothing but to join the keys and values of tokens that it has with new
-    ones. Classes with a method of their own may do anything.
+    Whether a layer of a cache has tokens, and `update` does nothing but to join their keys and values with new ones.
+    Subclasses may do anything.
     """
-    own = type(layer).update
     return (
-        any(own is layer_class.update for layer_class in JOINING)
+        type(layer) in JOINING
+        and type(layer).update in _intercepting
         and layer.is_initialized
         and layer.keys.dim() == 4
+        and layer.keys.size(-2) > 0
         and not getattr(layer, "record_past", False)
     )
 
 
-def keep_joined(
-    layer: Any, keys: torch.Tensor, values: torch.Tensor, start: int
-) -> tuple[tuple[torch.Tensor, torch.Tensor], bool]:
+def keep_joined(layer: Any, keys: torch.Tensor, values: torch.Tensor, start: int) -> bool:
     """
     Lets a layer of a cache keep what its `update` would have kept, as views.
 
@@ -135,22 +143,29 @@ def keep_joined(
             Where its tokens start.
 
     Returns:
-        `tuple[tuple[torch.Tensor, torch.Tensor], bool]`: What it keeps, and whether these are all tokens.
+        `bool`: Whether it keeps all tokens.
     """
     num_tokens = num_kept = keys.size(-2) - start
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if type(layer) is DynamicSlidingWindowLayer:
         layer.cumulative_length += 1
+        # As transformers slices: a window of 1 keeps all.
         num_kept = min(num_tokens, layer.sliding_window - 1 or num_tokens)
         start += num_tokens - num_kept
-    kept = layer.keys, layer.values = keys.narrow(-2, start, num_kept), values.narrow(-2, start, num_kept)
-    return kept, num_kept == num_tokens
+    layer.keys = keys.narrow(-2, start, num_kept)
+    layer.values = values.narrow(-2, start, num_kept)
+    return num_kept == num_tokens
 
 
-def take_back(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Undoes [`keep_joined`] for a layer of a cache that had these keys and values."""
-    layer.keys, layer.values = keys, values
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length -= 1
+def contents_of(layer: Any) -> tuple[Any, ...]:
+    """What `update` of a layer that [`joins_tokens`] replaces."""
+    return layer.keys, layer.values, getattr(layer, "cumulative_length", None)
+
+
+def restore(layer: Any, contents: tuple[Any, ...]) -> None:
+    """Undoes the last `update` of a layer of a cache that had these [`contents_of`]."""
+    layer.keys, layer.values, cumulative_length = contents
+    if cumulative_length is not None:
+        layer.cumulative_length = cumulative_length
 
 
 def has_known_continuous_batching() -> bool:

@@ -189,12 +189,15 @@ class Signature:
         raise TypeError(f"There are no hidden states among {list(kwargs)}.")
 
     def find_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The cache in the arguments of a call. `None` if there is none."""
+        """The cache for self-attention in the arguments of a call. `None` if there is none."""
         # Hot path: once per layer and token.
         for name in self.cache_names:
             if (cache := kwargs.get(name)) is not None:
-                return cache
-        return self.find(Role.CACHE, self.bind(args, {})) if len(args) > 1 else None
+                break
+        else:
+            cache = self.find(Role.CACHE, self.bind(args, {})) if len(args) > 1 else None
+        # That of an encoder-decoder holds one.
+        return getattr(cache, "self_attention_cache", cache)
 
 
 @cache

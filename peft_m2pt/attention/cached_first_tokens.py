@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from .cached_prompts import forget_prompts, let_go_of_tokens
+from .cached_prompts import forget_prompts, keeps_prompts
 from .first_tokens import FirstTokens
 
 
@@ -89,9 +89,8 @@ def _patched(method: Callable, update: Callable[..., CachedFirstTokens | None]) 
     @functools.wraps(method)
     def patched(cache: Cache, *args: Any, **kwargs: Any) -> Any:
         by_layer = getattr(cache, ATTRIBUTE, None)
-        keeps_prompts = let_go_of_tokens(cache)
         result = method(cache, *args, **kwargs)
-        if update is _crop and keeps_prompts and int(cache.get_seq_length()) == 0:
+        if update is _crop and keeps_prompts(cache) and int(cache.get_seq_length()) == 0:
             forget_prompts(cache)
         # Already updated if the method has called the one that it overrides.
         if by_layer and getattr(cache, ATTRIBUTE) is by_layer:

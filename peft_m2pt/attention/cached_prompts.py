@@ -13,6 +13,7 @@ other kinds of caches do not join keys. The attention function adds the prompts 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,11 +33,11 @@ ATTRIBUTE = "m2pt_cached_prompts"
 class Owner:
     """
     Stands for prompts as they are. What replaces them retires their owner, so that no cache serves the old ones.
-    Copies of a cache have the same owner, but not if they come out of a file.
+    Copies of a cache have the same owner.
     """
 
-    def __init__(self, is_current: bool = True) -> None:
-        self.is_current = is_current
+    def __init__(self) -> None:
+        self.is_current = True
 
     def retire(self) -> Owner:
         """Ends what the owner stands for. Returns the next one."""
@@ -45,9 +46,6 @@ class Owner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Owner, (False,)
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,16 @@ class CachedPrompts:
         return True
 
 
+class _ByPath(dict):
+    """Prompts by module path. Files have none, since other weights may be there when one is read."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ByPath:
+        return _ByPath({path: copy.deepcopy(kept, memo) for path, kept in self.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ByPath, ()
+
+
 def keep_prompts(cache: Any, path: str, prompts: CachedPrompts | None) -> None:
     """
     Lets a cache keep the prompts of an attention module.
@@ -102,34 +110,46 @@ def keep_prompts(cache: Any, path: str, prompts: CachedPrompts | None) -> None:
         prompts ([`CachedPrompts`], *optional*):
             The prompts. `None` to keep none.
     """
-    # That of an encoder-decoder holds one for self-attention.
-    cache = getattr(cache, "self_attention_cache", cache)
     by_path = getattr(cache, ATTRIBUTE, {})
     if prompts is not None or path in by_path:
-        setattr(cache, ATTRIBUTE, {**by_path, path: prompts})
+        setattr(cache, ATTRIBUTE, _ByPath({**by_path, path: prompts}))
 
 
-def let_go_of_tokens(cache: Any) -> bool:
-    """To be called before a method of a cache moves or removes tokens. Returns whether the cache keeps prompts."""
-    by_path = getattr(cache, ATTRIBUTE, {})
-    for kept in by_path.values():
-        if kept is not None and kept.in_front is not None:
-            kept.in_front.let_go()
-    return bool(by_path)
+def keeps_prompts(cache: Any) -> bool:
+    """Whether a cache keeps prompts of any attention module."""
+    return bool(getattr(cache, ATTRIBUTE, None))
 
 
 def forget_prompts(cache: Any) -> None:
     """Makes a cache keep no prompts."""
-    setattr(cache, ATTRIBUTE, {})
+    setattr(cache, ATTRIBUTE, _ByPath())
 
 
 def kept_prompts(cache: Any, path: str) -> CachedPrompts | None:
     """The prompts of an attention module that a cache keeps, if any."""
-    return getattr(getattr(cache, "self_attention_cache", cache), ATTRIBUTE, {}).get(path)
+    return getattr(cache, ATTRIBUTE, {}).get(path)
 
 
-# No tokens, which no layer has.
-NOTHING = (object(), object())
+@dataclass(slots=True)
+class _Joined:
+    """
+    Keys and values with prompts in front of tokens, and what the layer of the cache keeps of them.
+
+    Not the views that it keeps: when the layer lets go of its keys, nothing holds on to the tensors.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    kept_keys: weakref.ref
+    kept_values: weakref.ref
+    pointers: tuple[int, int]
+
+    def are_in(self, layer: Any) -> bool:
+        """Whether the layer keeps just these. `data_ptr` notices other contents in the same tensor."""
+        keys, values = layer.keys, layer.values
+        if self.kept_keys() is not keys or self.kept_values() is not values or getattr(layer, "record_past", False):
+            return False
+        return self.pointers == (keys.data_ptr(), values.data_ptr())
 
 
 class InFront:
@@ -146,12 +166,12 @@ class InFront:
         self.is_safe: bool | None = None
         """Whether prompts may stand there. `None` until it has been observed."""
         self._num_prompts = len(prompts)
-        self._joined: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._tokens: tuple[Any, Any] = NOTHING
+        self._joined: _Joined | None = None
 
-    def let_go(self) -> None:
-        """Lets go of what the cache is about to replace."""
-        self._joined, self._tokens = None, NOTHING
+    def __deepcopy__(self, memo: dict[int, Any]) -> InFront:
+        twin = InFront(copy.deepcopy(self.prompts, memo))
+        twin.is_safe = self.is_safe
+        return twin
 
     def join(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
@@ -167,19 +187,26 @@ class InFront:
             `tuple[torch.Tensor, torch.Tensor]`: Keys and values. `None` if the layer would not join them.
         """
         # Hot path: once per layer and token.
-        cached_keys, cached_values = self._tokens
-        is_as_before = layer.keys is cached_keys and layer.values is cached_values
-        if is_as_before and not getattr(layer, "record_past", False):
-            keys, values = torch.cat((self._joined[0], key), -2), torch.cat((self._joined[1], value), -2)
+        joined = self._joined
+        if joined is not None and joined.are_in(layer):
+            keys, values = torch.cat((joined.keys, key), -2), torch.cat((joined.values, value), -2)
         elif joins_tokens(layer):
-            # The first time, or a method of the cache has moved or removed tokens.
+            # The first time, or something has moved, removed or replaced tokens.
             keys, values = _join(self.prompts.key, layer.keys, key), _join(self.prompts.value, layer.values, value)
         else:
             return None
-        tokens, are_all = keep_joined(layer, keys, values, self._num_prompts)
-        self._tokens = tokens if are_all else NOTHING
-        self._joined = keys, values
-        return self._joined
+        self._joined = None
+        if keep_joined(layer, keys, values, self._num_prompts):
+            kept_keys, kept_values = layer.keys, layer.values
+            references = weakref.ref(kept_keys, self._let_go), weakref.ref(kept_values, self._let_go)
+            pointers = kept_keys.data_ptr(), kept_values.data_ptr()
+            self._joined = _Joined(keys, values, *references, pointers)
+        return keys, values
+
+    def _let_go(self, reference: weakref.ref) -> None:
+        joined = self._joined
+        if joined is not None and (joined.kept_keys is reference or joined.kept_values is reference):
+            self._joined = None
 
 
 def _join(prompts: torch.Tensor, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -187,7 +214,7 @@ def _join(prompts: torch.Tensor, cached: torch.Tensor, new: torch.Tensor) -> tor
 
 
 class Watched(torch.Tensor):
-    """A tensor that takes down which functions it is passed to, its own methods and attributes included."""
+    """A tensor that records which functions it is passed to, its own methods and attributes included."""
 
     used_by: list[Any]
 
@@ -225,7 +252,12 @@ class Watch:
         """Whether that reaches the attention function as it was handed over."""
         return tensor is self.reference() and not self.used_by
 
-    @property
-    def is_let_go(self) -> bool:
-        """Whether nobody holds on to it."""
-        return self.reference() is None
+    def end(self) -> bool:
+        """Ends the watch. Returns whether nobody holds on to the tensor."""
+        self._watched = None
+        if (watched := self.reference()) is None:
+            return True
+        # For whoever does, it is an ordinary tensor.
+        watched.__class__ = torch.Tensor
+        del watched.used_by
+        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..per_thread import PerThread
 from .prompt_kv import PromptKV
 
 
@@ -89,44 +89,38 @@ def _attend_one_query(
     return output.view(batch_size, 1, num_heads, -1)
 
 
-# Masks of attention functions with columns for prompts, by the id of the mask without: layers share a mask, which each
-# forward pass makes anew. Not a `WeakIdKeyDictionary`, which is slow.
-_widened: dict[int, tuple[weakref.ref, dict[tuple[int, ...], torch.Tensor]]] = {}
-
-
 def mask_with_prompts(
     prompts: PromptKV, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The mask for keys behind prompts. `None` if every query sees every key."""
-    if attention_mask is None and prompts.visible is None:
-        return None
-    num_tokens, num_prompts = prompts.count_tokens(key), len(prompts)
+    num_tokens = prompts.count_tokens(key)
     if attention_mask is None:
+        if prompts.visible is None:
+            return None
         attention_mask = query.new_zeros(1, 1, query.shape[2], num_tokens)
-    elif prompts.visible is None and _lasts(attention_mask):
-        widened = _widened_masks(attention_mask)
-        sizes = attention_mask._version, num_prompts, num_tokens
-        if sizes not in widened:
-            widened[sizes] = widen_mask(attention_mask, num_prompts, num_tokens)
-        return widened[sizes]
-    return widen_mask(attention_mask, num_prompts, num_tokens, prompts.visible)
+    return widen_mask(attention_mask, len(prompts), num_tokens, prompts.visible)
 
 
-def _widened_masks(attention_mask: torch.Tensor) -> dict[tuple[int, ...], torch.Tensor]:
-    """What was made of a mask, by its version and the numbers of prompts and tokens. It goes when the mask does."""
-    # Hot path: once per layer and token.
-    number = id(attention_mask)
-    entry = _widened.get(number)
-    if entry is None or entry[0]() is not attention_mask:
-        reference = weakref.ref(attention_mask, lambda _: _widened.pop(number, None))
-        entry = _widened[number] = reference, {}
-    return entry[1]
+# The index of the layer that attended last, and the masks of this forward pass with what was made of them.
+_step = PerThread()
 
 
-def _lasts(attention_mask: torch.Tensor) -> bool:
-    """Whether what is made of a mask can be used again. In inference mode, torch does not count changes in place."""
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not (in_graph or attention_mask.is_inference() or attention_mask.requires_grad)
+def mask_of_step(
+    layer: int, prompts: PromptKV, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """As `mask_with_prompts`, but made once for all layers of a forward pass, which are called in their order."""
+    last, masks = _step.value or (layer, [])
+    masks = masks if layer > last else []
+    _step.value = layer, masks
+    if attention_mask is None or prompts.visible is not None or attention_mask.is_inference():
+        return mask_with_prompts(prompts, query, key, attention_mask)
+    sizes = attention_mask._version, len(prompts), key.shape[2]
+    for mask, sizes_then, widened in masks:
+        if mask is attention_mask and sizes_then == sizes:
+            return widened
+    widened = mask_with_prompts(prompts, query, key, attention_mask)
+    masks.append((attention_mask, sizes, widened))
+    return widened
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -60,7 +60,7 @@ def attend_flash(
         kwargs |= {"cu_seq_lens_k": boundaries, "max_length_k": max_length + num_prompts}
         return attend(module, query, key, value, None, **kwargs)
     if attention_mask is None and prompts.visible is not None:
-        attention_mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.long)
+        attention_mask = key.new_ones(key.shape[0], prompts.count_tokens(key), dtype=torch.long)
     if attention_mask is not None:
         visible = attention_mask.new_ones(len(attention_mask), len(prompts))
         visible = visible if prompts.visible is None else prompts.visible[:, 0]

@@ -39,11 +39,12 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from ..anatomy.attention_calls import find_attention_call
 from ..errors import UnsupportedModelError
 from ..per_thread import PerThread
-from ..upstream import PAGED_EAGER, attention_implementation, joins_tokens, take_back
+from ..upstream import PAGED_EAGER, attention_implementation, contents_of, joins_tokens, restore
 from .cached_prompts import InFront, Watch
-from .eager_sdpa import attend_eager, attend_sdpa, mask_with_prompts
+from .eager_sdpa import attend_eager, attend_sdpa, mask_of_step
 from .flash import attend_flash
 from .flex import attend_flex
+from .module_call import layer_index
 from .paged import attend_paged
 from .prompt_kv import PromptKV
 
@@ -197,10 +198,10 @@ class _Observer(_Attender):
         key, value = plain.get(id(key), key), plain.get(id(value), value)
         return super().__call__(extension, attend, query, key, value, attention_mask, **kwargs)
 
-    @property
-    def is_safe(self) -> bool:
-        """What was observed, after the call."""
-        return self.arrived and self.num_calls == 1 and all(watch.is_let_go for watch in self.watches)
+    def end(self) -> bool:
+        """Ends the observation. Returns whether it is safe."""
+        are_let_go = [watch.end() for watch in self.watches]
+        return all(are_let_go) and self.arrived and self.num_calls == 1
 
 
 def _may_be_in_front(extension: Callable, kwargs: dict[str, Any]) -> bool:
@@ -215,20 +216,19 @@ class _InFrontAttender(_Task):
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
-    before: tuple[Any, torch.Tensor, torch.Tensor] | None = None
     num_calls = 0
 
-    def __init__(self, module: nn.Module, path: str, in_front: InFront) -> None:
+    def __init__(self, module: nn.Module, path: str, in_front: InFront, layer: Any) -> None:
         self.module = module
         self.path = path
         self.in_front = in_front
+        self.layer = layer
 
     def update(self, method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):
-        before = layer, layer.keys, layer.values
-        joined = None if self.before is not None else self.in_front.join(layer, key, value)
+        is_expected = layer is self.layer and self.keys is None
+        joined = self.in_front.join(layer, key, value) if is_expected else None
         if joined is None:
             raise NotInFront
-        self.before = before
         self.keys, self.values = joined
         return joined
 
@@ -245,7 +245,7 @@ class _InFrontAttender(_Task):
         if extension is attend_sdpa:
             # All that is left to do for one query.
             if attention_mask is not None or prompts.visible is not None:
-                attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
+                attention_mask = mask_of_step(layer_index(self.module), prompts, query, key, attention_mask)
             return attend(self.module, query, key, value, attention_mask, **kwargs)
         return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
 
@@ -439,11 +439,14 @@ def attend_with_prompts(
     """
     is_observed = in_front is not None and in_front.is_safe is None
     attender = (_Observer if is_observed else _Attender)(module, path, prompts, record, is_paged)
-    output = _run(attender, call)
+    try:
+        output = _run(attender, call)
+    finally:
+        is_safe = is_observed and attender.end()
     if attender.num_calls == 0:
         raise _bypassed(module, path)
     if is_observed:
-        in_front.is_safe = attender.is_safe
+        in_front.is_safe = is_safe
     return output
 
 
@@ -451,6 +454,7 @@ def attend_in_front(
     module: nn.Module,
     path: str,
     in_front: InFront,
+    layer: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -464,6 +468,8 @@ def attend_in_front(
             Its module path, for error messages.
         in_front ([`~peft_m2pt.attention.cached_prompts.InFront`]):
             Puts the prompts there.
+        layer (`DynamicLayer`):
+            The layer of the cache.
         args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
             The arguments of the call.
 
@@ -474,23 +480,29 @@ def attend_in_front(
         NotInFront: If the module does otherwise with its cache than was observed. The cache is as before.
         UnsupportedModelError: If it adds a bias to scores.
     """
-    attender = _InFrontAttender(module, path, in_front)
+    contents = contents_of(layer)
+    attender = _InFrontAttender(module, path, in_front, layer)
     before, _task.value = _task.value, attender
     try:
         output = module.call_without_adapters(*args, **kwargs)
         if attender.num_calls == 1:
             return output
+        # Code that was compiled since, or an attention function that is not extended yet.
         raise NotInFront
     except Exception as error:
-        # An attention function that is not extended yet fails, for one, since its mask is too short.
-        if attender.num_calls > 0 and not isinstance(error, NotInFront):
+        is_ours = isinstance(error, NotInFront) or (attender.num_calls == 0 and not _is_extended(module))
+        if not is_ours:
             raise
-        if attender.before is not None:
-            take_back(*attender.before)
+        restore(layer, contents)
         in_front.is_safe = None
         raise NotInFront from error
     finally:
         _task.value = before
+
+
+def _is_extended(module: nn.Module) -> bool:
+    interface = find_attention_call(type(module)).interface
+    return isinstance(interface.get(attention_implementation(module)), PromptAttention)
 
 
 def _run(task: _Recorder | _Attender, function: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
@@ -25,11 +26,12 @@ from ..attention.interface import (
     extend_attention_function,
     record_prompt_kv,
 )
+from ..attention.module_call import layer_index
 from ..attention.paged import check_requests, first_token_of_requests, prompts_in_cache
 from ..attention.prompt_arguments import prompt_arguments
 from ..attention.prompt_kv import PromptKV, assign_prompt_kv
 from ..errors import UnsupportedModelError
-from ..upstream import is_paged
+from ..upstream import is_known_to_be_empty, is_paged, layer_in_cache
 from .base import M2PTLayer
 from .connector import project
 from .initializer import PromptInitializer
@@ -104,14 +106,16 @@ class M2PTAttention(M2PTLayer):
         """Calls the adapted module so that its tokens also attend to the prompts of the active adapters."""
         base_layer, cache = self.base_layer, self.signature.find_cache(args, kwargs)
         kept = None if cache is None else self._kept_in(cache, args, kwargs)
-        in_front = None if kept is None or in_graph() else kept.in_front
-        if in_front is not None and in_front.is_safe:
-            if self.signature.unknown:
-                check_call(self.signature, self.signature.bind(args, kwargs), base_layer, self.site.path)
-            try:
-                return attend_in_front(base_layer, self.site.path, in_front, args, kwargs)
-            except NotInFront:
-                pass
+        in_front = None
+        if kept is not None and not in_graph():
+            layer, in_front = layer_in_cache(cache, layer_index(base_layer)), kept.in_front
+            if in_front is not None and in_front.is_safe and layer is not None:
+                if self.signature.unknown:
+                    check_call(self.signature, self.signature.bind(args, kwargs), base_layer, self.site.path)
+                with contextlib.suppress(NotInFront):
+                    return attend_in_front(base_layer, self.site.path, in_front, layer, args, kwargs)
+            if is_known_to_be_empty(layer):
+                kept = in_front = None
         adapters, has_requests = self._adapters_in_use(), is_paged(cache)
         if not adapters:
             if self.site.kind == "textual":
