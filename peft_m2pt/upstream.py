@@ -117,12 +117,11 @@ def is_known_to_be_empty(layer: Any) -> bool:
 
 def joins_tokens(layer: Any) -> bool:
     """
-    Whether a layer of a cache has tokens, and `update` does nothing but to join their keys and values with new ones.
-    Subclasses may do anything.
+    Whether a layer of a cache has tokens, and `update` joins their keys and values with new ones, if its class has the
+    methods and attributes of transformers.
     """
     return (
-        type(layer) in JOINING
-        and type(layer).update in _intercepting
+        type(layer).update in _intercepting
         and layer.is_initialized
         and layer.keys.dim() == 4
         and layer.keys.size(-2) > 0
@@ -130,42 +129,13 @@ def joins_tokens(layer: Any) -> bool:
     )
 
 
-def keep_joined(layer: Any, keys: torch.Tensor, values: torch.Tensor, start: int) -> bool:
-    """
-    Lets a layer of a cache keep what its `update` would have kept, as views.
-
-    Args:
-        layer (`DynamicLayer`):
-            A layer that [`joins_tokens`].
-        keys (`torch.Tensor`), values (`torch.Tensor`):
-            The keys and values of its tokens and a new one, and something in front of them.
-        start (`int`):
-            Where its tokens start.
-
-    Returns:
-        `bool`: Whether it keeps all tokens.
-    """
-    num_tokens = num_kept = keys.size(-2) - start
-    if type(layer) is DynamicSlidingWindowLayer:
-        layer.cumulative_length += 1
-        # As transformers slices: a window of 1 keeps all.
-        num_kept = min(num_tokens, layer.sliding_window - 1 or num_tokens)
-        start += num_tokens - num_kept
-    layer.keys = keys.narrow(-2, start, num_kept)
-    layer.values = values.narrow(-2, start, num_kept)
-    return num_kept == num_tokens
-
-
-def contents_of(layer: Any) -> tuple[Any, ...]:
-    """What `update` of a layer that [`joins_tokens`] replaces."""
-    return layer.keys, layer.values, getattr(layer, "cumulative_length", None)
-
-
-def restore(layer: Any, contents: tuple[Any, ...]) -> None:
-    """Undoes the last `update` of a layer of a cache that had these [`contents_of`]."""
-    layer.keys, layer.values, cumulative_length = contents
-    if cumulative_length is not None:
-        layer.cumulative_length = cumulative_length
+def count_kept(layer: Any, num_tokens: int) -> int:
+    """Counts a new token as `update` of a layer does. Returns how many of all tokens it keeps."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return num_tokens
+    layer.cumulative_length += 1
+    # As transformers slices: a window of 1 keeps all.
+    return min(num_tokens, layer.sliding_window - 1 or num_tokens)
 
 
 def has_known_continuous_batching() -> bool:

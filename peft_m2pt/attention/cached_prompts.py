@@ -2,9 +2,7 @@
 Prompts that a cache keeps for its next token.
 
 In a step of decoding, a layer of the cache joins the keys that it has with the new one, and the attention function
-gets the result. With prompts in front of that, a step costs what it costs in the base model. They are there during the
-call only: the layer keeps views of the tokens behind them, so whatever reads, moves or copies a cache finds tokens
-alone.
+gets the result. With prompts in front of that (`prompted_layers.py`), a step costs what it costs in the base model.
 
 Whether this is safe is observed in the first step: what `update` of the layer has returned has to reach the attention
 function untouched, and nothing may hold on to it. Layers that share keys, expand latents or select keys do otherwise;
@@ -21,9 +19,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..upstream import joins_tokens, keep_joined
 from .first_tokens import FirstTokens
 from .prompt_kv import PromptKV
+from .prompted_layers import join_prompts
 
 
 # The attribute of a cache, which its copies get too.
@@ -130,28 +128,6 @@ def kept_prompts(cache: Any, path: str) -> CachedPrompts | None:
     return getattr(cache, ATTRIBUTE, {}).get(path)
 
 
-@dataclass(slots=True)
-class _Joined:
-    """
-    Keys and values with prompts in front of tokens, and what the layer of the cache keeps of them.
-
-    Not the views that it keeps: when the layer lets go of its keys, nothing holds on to the tensors.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    kept_keys: weakref.ref
-    kept_values: weakref.ref
-    pointers: tuple[int, int]
-
-    def are_in(self, layer: Any) -> bool:
-        """Whether the layer keeps just these. `data_ptr` notices other contents in the same tensor."""
-        keys, values = layer.keys, layer.values
-        if self.kept_keys() is not keys or self.kept_values() is not values or getattr(layer, "record_past", False):
-            return False
-        return self.pointers == (keys.data_ptr(), values.data_ptr())
-
-
 class InFront:
     """
     Puts prompts in front of the tokens in a layer of a cache, for calls with one token.
@@ -165,52 +141,14 @@ class InFront:
         self.prompts = replace(prompts, is_in_front=True)
         self.is_safe: bool | None = None
         """Whether prompts may stand there. `None` until it has been observed."""
-        self._num_prompts = len(prompts)
-        self._joined: _Joined | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InFront:
-        twin = InFront(copy.deepcopy(self.prompts, memo))
-        twin.is_safe = self.is_safe
-        return twin
 
     def join(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
-        Does what `update` of a layer does, with prompts in front of what it returns.
-
-        Args:
-            layer (`DynamicLayer`):
-                A layer of a cache, which keeps tokens alone.
-            key (`torch.Tensor`), value (`torch.Tensor`):
-                Key and value of a token.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Keys and values. `None` if the layer would not join them.
+        Does what `update` of a layer does, with the prompts in front of what it returns. See
+        [`~peft_m2pt.attention.prompted_layers.join_prompts`].
         """
-        # Hot path: once per layer and token.
-        joined = self._joined
-        if joined is not None and joined.are_in(layer):
-            keys, values = torch.cat((joined.keys, key), -2), torch.cat((joined.values, value), -2)
-        elif joins_tokens(layer):
-            # The first time, or something has moved, removed or replaced tokens.
-            keys, values = _join(self.prompts.key, layer.keys, key), _join(self.prompts.value, layer.values, value)
-        else:
-            return None
-        self._joined = None
-        if keep_joined(layer, keys, values, self._num_prompts):
-            kept_keys, kept_values = layer.keys, layer.values
-            references = weakref.ref(kept_keys, self._let_go), weakref.ref(kept_values, self._let_go)
-            pointers = kept_keys.data_ptr(), kept_values.data_ptr()
-            self._joined = _Joined(keys, values, *references, pointers)
-        return keys, values
-
-    def _let_go(self, reference: weakref.ref) -> None:
-        joined = self._joined
-        if joined is not None and (joined.kept_keys is reference or joined.kept_values is reference):
-            self._joined = None
-
-
-def _join(prompts: torch.Tensor, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    return torch.cat((prompts.to(new.dtype).expand(new.shape[0], -1, -1, -1), cached, new), -2)
+        prompts = self.prompts
+        return join_prompts(layer, prompts, prompts.key, prompts.value, key, value)
 
 
 class Watched(torch.Tensor):

@@ -39,7 +39,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from ..anatomy.attention_calls import find_attention_call
 from ..errors import UnsupportedModelError
 from ..per_thread import PerThread
-from ..upstream import PAGED_EAGER, attention_implementation, contents_of, joins_tokens, restore
+from ..upstream import PAGED_EAGER, attention_implementation
 from .cached_prompts import InFront, Watch
 from .eager_sdpa import attend_eager, attend_sdpa, mask_of_step
 from .flash import attend_flash
@@ -47,6 +47,7 @@ from .flex import attend_flex
 from .module_call import layer_index
 from .paged import attend_paged
 from .prompt_kv import PromptKV
+from .prompted_layers import can_have_prompts, contents_of, restore
 
 
 # How prompts get into each implementation.
@@ -184,7 +185,7 @@ class _Observer(_Attender):
     def update(self, method: Callable, layer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         returned = method(layer, *args, **kwargs)
         # A tensor of a class of its own cannot be watched.
-        if not joins_tokens(layer) or any(type(tensor) is not torch.Tensor for tensor in returned):
+        if not can_have_prompts(layer) or any(type(tensor) is not torch.Tensor for tensor in returned):
             return returned
         watches = [Watch(tensor) for tensor in returned]
         self.watches += watches
