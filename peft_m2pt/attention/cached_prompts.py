@@ -24,8 +24,8 @@ from .prompt_kv import PromptKV
 from .prompted_layers import join_prompts
 
 
-# The attribute of a cache, which its copies get too.
-ATTRIBUTE = "m2pt_cached_prompts"
+# The attribute of a cache with its prompts, by module path. Copies get it too.
+PROMPTS = "m2pt_cached_prompts"
 
 
 class Owner:
@@ -75,16 +75,6 @@ class CachedPrompts:
         """Whether they fit any next token. If samples start at several positions, its mask tells."""
         return self.first_tokens is None or self.first_tokens.count == 1
 
-    def belong_to(self, owner: Owner, conditions: tuple[Any, ...]) -> bool:
-        """Whether the next token of a layer can use them."""
-        if self.owners[0] is not owner or self.conditions != conditions:
-            return False
-        # Hot path: a generator would take three times as long.
-        for owner in self.owners:  # noqa: SIM110
-            if not owner.is_current:
-                return False
-        return True
-
 
 class _ByPath(dict):
     """Prompts by module path. Files have none, since other weights may be there when one is read."""
@@ -108,24 +98,19 @@ def keep_prompts(cache: Any, path: str, prompts: CachedPrompts | None) -> None:
         prompts ([`CachedPrompts`], *optional*):
             The prompts. `None` to keep none.
     """
-    by_path = getattr(cache, ATTRIBUTE, {})
+    by_path = getattr(cache, PROMPTS, {})
     if prompts is not None or path in by_path:
-        setattr(cache, ATTRIBUTE, _ByPath({**by_path, path: prompts}))
+        setattr(cache, PROMPTS, _ByPath({**by_path, path: prompts}))
 
 
 def keeps_prompts(cache: Any) -> bool:
     """Whether a cache keeps prompts of any attention module."""
-    return bool(getattr(cache, ATTRIBUTE, None))
+    return bool(getattr(cache, PROMPTS, None))
 
 
 def forget_prompts(cache: Any) -> None:
     """Makes a cache keep no prompts."""
-    setattr(cache, ATTRIBUTE, _ByPath())
-
-
-def kept_prompts(cache: Any, path: str) -> CachedPrompts | None:
-    """The prompts of an attention module that a cache keeps, if any."""
-    return getattr(cache, ATTRIBUTE, {}).get(path)
+    setattr(cache, PROMPTS, _ByPath())
 
 
 class InFront:

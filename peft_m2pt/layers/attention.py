@@ -16,7 +16,7 @@ from ..adapted import base_class, base_modules
 from ..anatomy.arguments import Role, check_call, read_signature
 from ..anatomy.modules import device_of, dtype_of
 from ..anatomy.sites import Connector, Site
-from ..attention.cached_prompts import CachedPrompts, InFront, Owner, keep_prompts, kept_prompts
+from ..attention.cached_prompts import PROMPTS, CachedPrompts, InFront, Owner, keep_prompts
 from ..attention.find_first_tokens import cache_first_tokens, find_first_tokens, first_tokens_in_cache
 from ..attention.first_tokens import FirstTokens
 from ..attention.interface import (
@@ -164,13 +164,17 @@ class M2PTAttention(M2PTLayer):
 
     def _kept_in(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedPrompts | None:
         """The prompts that a cache keeps for this call, which has one token."""
-        # Hot path: once per layer and token.
-        kept = kept_prompts(cache, self.site.path)
+        # Hot path: once per layer and token. Each function that is called is paid for.
+        by_path = getattr(cache, PROMPTS, None)
+        kept = None if by_path is None else by_path.get(self.site.path)
         if kept is None or torch.is_grad_enabled() or self._disable_adapters:
             return None
         tokens = self.signature.find_input(args, kwargs)
-        if tokens.size(-2) > 1 or not kept.belong_to(self.owner, _conditions(tokens)):
+        if tokens.size(-2) > 1 or kept.owners[0] is not self.owner or kept.conditions != _conditions(tokens):
             return None
+        for owner in kept.owners:
+            if not owner.is_current:
+                return None
         first = kept.first_tokens
         return kept if first is None or first is first_tokens_in_cache(self.base_layer, cache) else None
 
