@@ -18,6 +18,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from packaging.version import Version
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -78,6 +79,20 @@ def chunk_length(config: PretrainedConfig) -> int | None:
     """The length of the attention chunks of a language model (Llama 4). `None` if no layer has any."""
     has_chunks = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return config.attention_chunk_size if has_chunks else None
+
+
+def is_known_to_be_empty(cache: Any, layer: int) -> bool:
+    """
+    Whether a layer of a dynamic cache has no tokens, as after its own method `reset`. To find that out of a static one
+    would wait for the device.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return False
+    if layer >= len(layers):
+        return True
+    return isinstance(layers[layer], DynamicLayer) and layers[layer].get_seq_length() == 0
 
 
 def has_known_continuous_batching() -> bool:

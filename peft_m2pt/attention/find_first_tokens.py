@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..anatomy.arguments import Role, Signature
 from ..errors import UnsupportedModelError
 from ..upstream import local_reach
-from .cached_first_tokens import CachedFirstTokens, cached_first_tokens
+from .cached_first_tokens import CachedFirstTokens, cached_first_tokens, first_tokens_of_layer
 from .first_tokens import FirstTokens, Positions, align, deduplicate, differ_from_first, map_positions, sample_axis
 from .module_call import ModuleCall, layer_index
 from .packed_sequences import check_packing
@@ -65,7 +65,7 @@ def given_positions(signature: Signature, arguments: dict[str, Any]) -> Position
 
 def first_tokens_in_cache(attention: nn.Module, cache: Any) -> FirstTokens | None:
     """The first tokens that a module has in a cache. `None` if they are not known."""
-    cached = cached_first_tokens(cache).get(layer_index(attention))
+    cached = first_tokens_of_layer(cache, layer_index(attention))
     return None if cached is None else cached.first_tokens
 
 

@@ -48,20 +48,22 @@ class KeepParametersUsed:
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook for the language model."""
-        if kwargs.get("inputs_embeds") is None:
+        if not torch.is_grad_enabled() or kwargs.get("inputs_embeds") is None:
             return None
         return args, {**kwargs, "inputs_embeds": self._keep_used(kwargs["inputs_embeds"])}
 
     def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook for the language model, which may have embedded its tokens itself."""
+        if not torch.is_grad_enabled():
+            return output
         if not _in_several_processes():
             # Not `output.requires_grad`, which reentrant checkpointing sets without any trained parameter.
             is_trained = any(weight.requires_grad for weight in decoder.parameters())
-            return output if is_trained or not torch.is_grad_enabled() else _add_zero_gradients(output, self.model)
+            return output if is_trained else _add_zero_gradients(output, self.model)
         return self._keep_used(output)
 
     def _keep_used(self, states: Any) -> Any:
-        if not _in_several_processes() or self.is_used or not torch.is_grad_enabled():
+        if not _in_several_processes() or self.is_used:
             return states
         self.is_used = True
         return _add_zero_gradients(states, self.part)
