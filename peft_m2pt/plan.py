@@ -21,7 +21,7 @@ from torch import nn
 from .anatomy.compiled import plain
 from .anatomy.connectors import find_connector
 from .anatomy.layers import find_sites
-from .anatomy.modules import is_linear, own_modules, quantized_linears
+from .anatomy.modules import linear_layers, own_modules, quantized_linears
 from .anatomy.sites import Connector, Site
 from .anatomy.towers import has_tower
 from .attention.interface import find_extension
@@ -82,12 +82,10 @@ class Plan:
         if self.connector is None or not self.config.tune_connector:
             return None
         module = self.connector.module
-        linears = [part for _, part in own_modules(module) if is_linear(part)]
         rank = min(DEFAULT_RANK, _widest_linear(module))
-        num_updated = rank * sum(linear.in_features + linear.out_features for linear in linears)
-        num_copied = sum(linear.in_features * linear.out_features for linear in linears)
+        num_copied = sum(linear.in_features * linear.out_features for linear in linear_layers(module).values())
         # Packed weights cannot be copied.
-        return rank if num_updated < num_copied or quantized_linears(module) else None
+        return rank if _update_size(module, rank) < num_copied or quantized_linears(module) else None
 
     @property
     def targets(self) -> set[str]:
@@ -143,11 +141,12 @@ class Plan:
 
     def _size_of(self, connector: nn.Module) -> int:
         """Number of parameters that are trained of the connector."""
-        modules = [module for _, module in own_modules(connector)] if self.config.tune_connector else []
-        if self.connector_rank is None:
-            return count_parameters(parameter for module in modules for parameter in module.parameters(recurse=False))
-        linears: list[Any] = [module for module in modules if is_linear(module)]
-        return self.connector_rank * sum(linear.in_features + linear.out_features for linear in linears)
+        if not self.config.tune_connector:
+            return 0
+        if self.connector_rank is not None:
+            return _update_size(connector, self.connector_rank)
+        modules = [module for _, module in own_modules(connector)]
+        return count_parameters(parameter for module in modules for parameter in module.parameters(recurse=False))
 
 
 def make_plan(model: nn.Module, config: M2PTConfig) -> Plan:
@@ -226,6 +225,11 @@ def _check_connector(plan: Plan, connector: Connector) -> None:
             f"a low-rank update, for example with connector_rank=8, set tune_connector=False, or load the model "
             f"without quantizing '{path}'."
         )
+
+
+def _update_size(module: nn.Module, rank: int) -> int:
+    """Number of parameters of a low-rank update of all linear layers of a module."""
+    return rank * sum(linear.in_features + linear.out_features for linear in linear_layers(module).values())
 
 
 def _widest_linear(module: nn.Module) -> int:

@@ -110,9 +110,18 @@ def layer_in_cache(cache: Any, index: int) -> Any:
     return layers[index] if index < len(layers) else None
 
 
-def is_known_to_be_empty(layer: Any) -> bool:
-    """Whether a layer of a cache has no tokens. To find that out of a static one would wait for the device."""
-    return layer is None or (isinstance(layer, JOINING) and layer.get_seq_length() == 0)
+def is_known_to_be_empty(cache: Any, layer: int) -> bool:
+    """
+    Whether a layer of a dynamic cache has no tokens, as after its own method `reset`. To find that out of a static one
+    would wait for the device.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return False
+    if layer >= len(layers):
+        return True
+    return isinstance(layers[layer], DynamicLayer) and layers[layer].get_seq_length() == 0
 
 
 def joins_tokens(layer: Any) -> bool:

@@ -68,7 +68,8 @@ def _scatter(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
     """Names the points in a legend, from the one that learned most on, since many lie close together."""
     methods = sorted(points, key=lambda method: -points[method][1])
     for place, method in enumerate(methods):
-        axes.plot(*points[method], MARKERS[place % len(MARKERS)], color=f"C{place}", label=method)
+        # There are ten colors.
+        axes.plot(*points[method], MARKERS[place // 10], color=f"C{place % 10}", label=method)
 
 
 def _name_points(axes: Axes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -105,10 +106,14 @@ def is_linear(module: nn.Module) -> bool:
     return not any(hasattr(child, "in_features") for child in module.children())
 
 
+def linear_layers(module: nn.Module) -> dict[str, Any]:
+    """The linear layers of a module, by path, without the weights of adapters."""
+    return {path: child for path, child in own_modules(module) if is_linear(child)}
+
+
 def quantized_linears(module: nn.Module) -> list[str]:
     """Lists the paths of linear layers in a module whose weight is not a plain floating-point parameter."""
-    linears = {path: child for path, child in own_modules(module) if is_linear(child)}
-    weights = {path: getattr(linear, "weight", None) for path, linear in linears.items()}
+    weights = {path: getattr(linear, "weight", None) for path, linear in linear_layers(module).items()}
     return [path for path, weight in weights.items() if not (isinstance(weight, nn.Parameter) and is_plain(weight))]
 
 

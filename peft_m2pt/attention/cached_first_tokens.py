@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from ..upstream import is_known_to_be_empty
 from .cached_prompts import forget_prompts, keeps_prompts
 from .first_tokens import FirstTokens
 
@@ -68,6 +69,13 @@ def cached_first_tokens(cache: Any) -> dict[int, CachedFirstTokens]:
         by_layer = {}
         setattr(cache, ATTRIBUTE, by_layer)
     return by_layer
+
+
+def first_tokens_of_layer(cache: Any, layer: int) -> CachedFirstTokens | None:
+    """The first tokens that a layer has in a cache. `None` if they are not known, or if it has been emptied."""
+    cached = cached_first_tokens(cache).get(layer)
+    is_emptied = cached is not None and not torch.compiler.is_compiling() and is_known_to_be_empty(cache, layer)
+    return None if is_emptied else cached
 
 
 def patch_cache_methods(cache_class: type[Cache] = Cache) -> None:

@@ -65,6 +65,7 @@ def given_positions(signature: Signature, arguments: dict[str, Any]) -> Position
 
 def first_tokens_in_cache(attention: nn.Module, cache: Any) -> FirstTokens | None:
     """The first tokens that a module has in a cache. `None` if they are not known."""
+    # Hot path: once per layer and token. Whether the layer has been emptied is known there.
     cached = cached_first_tokens(cache).get(layer_index(attention))
     return None if cached is None else cached.first_tokens
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..anatomy.arguments import Role, Signature
 from ..errors import UnsupportedModelError
-from ..upstream import attention_implementation, is_known_to_be_empty, layer_in_cache, local_reach
-from .cached_first_tokens import CachedFirstTokens, cached_first_tokens
+from ..upstream import attention_implementation, local_reach
+from .cached_first_tokens import CachedFirstTokens, first_tokens_of_layer
 from .first_tokens import Positions, position_tensors, sample_axis, take_tokens
 from .packed_sequences import MASK_BASED, find_packing
 from .visibility import Visibility, read_visibility
@@ -81,9 +81,7 @@ class ModuleCall:
     @property
     def cached(self) -> CachedFirstTokens | None:
         """The first tokens in the cache, if these fit the call."""
-        if self.cache is None or is_known_to_be_empty(layer_in_cache(self.cache, self.layer)):
-            return None
-        cached = cached_first_tokens(self.cache).get(self.layer)
+        cached = None if self.cache is None else first_tokens_of_layer(self.cache, self.layer)
         if cached is None or cached.first_tokens.positions.keys() != self.positions.keys():
             return None
         return cached if len(cached.indices) in (1, self.batch_size) else None

@@ -108,13 +108,14 @@ class M2PTAttention(M2PTLayer):
         kept = None if cache is None else self._kept_in(cache, args, kwargs)
         in_front = None
         if kept is not None and not in_graph():
-            layer, in_front = layer_in_cache(cache, layer_index(base_layer)), kept.in_front
+            index, in_front = layer_index(base_layer), kept.in_front
+            layer = layer_in_cache(cache, index)
             if in_front is not None and in_front.is_safe and layer is not None:
                 if self.signature.unknown:
                     check_call(self.signature, self.signature.bind(args, kwargs), base_layer, self.site.path)
                 with contextlib.suppress(NotInFront):
                     return attend_in_front(base_layer, self.site.path, in_front, layer, args, kwargs)
-            if is_known_to_be_empty(layer):
+            if is_known_to_be_empty(cache, index):
                 kept = in_front = None
         adapters, has_requests = self._adapters_in_use(), is_paged(cache)
         if not adapters:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..adapted import base_children
 from ..anatomy.compiled import uncompiled
-from ..anatomy.modules import bare_copy, device_of, is_linear, is_plain, own_module, own_modules
+from ..anatomy.modules import bare_copy, device_of, is_plain, linear_layers, own_module, own_modules
 from ..upstream import FetchOffloadedWeights
 
 
@@ -90,15 +90,14 @@ def make_low_rank_parts(module: nn.Module, rank: int) -> dict[str, nn.Module]:
         `dict[str, nn.Module]`: A and B of each linear layer, as "<path>.lora_A" and "<path>.lora_B".
     """
     parts: dict[str, nn.Module] = {}
-    for path, child in own_modules(module):
-        if is_linear(child):
-            weight = getattr(child, "weight", None)
-            dtype = weight.dtype if is_plain(weight) else None
-            down = nn.Linear(child.in_features, rank, bias=False, dtype=dtype)
-            up = nn.Linear(rank, child.out_features, bias=False, dtype=dtype)
-            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-            nn.init.zeros_(up.weight)
-            parts |= {f"{path}.{DOWN}": down, f"{path}.{UP}": up}
+    for path, linear in linear_layers(module).items():
+        weight = getattr(linear, "weight", None)
+        dtype = weight.dtype if is_plain(weight) else None
+        down = nn.Linear(linear.in_features, rank, bias=False, dtype=dtype)
+        up = nn.Linear(rank, linear.out_features, bias=False, dtype=dtype)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+        parts |= {f"{path}.{DOWN}": down, f"{path}.{UP}": up}
     return parts
 
 

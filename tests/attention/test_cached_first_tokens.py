@@ -7,8 +7,16 @@ import torch
 from helpers.models import PAD_TOKEN, cache_of, randomise
 from helpers.text_models import MODELS, CachesWithoutMasks, assert_close, make, make_ids, on_cache, outputs, pad
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from peft_m2pt import UnsupportedModelError
+
+
+EMPTYING = {
+    "reset": lambda cache: [layer.reset() for layer in cache.layers],
+    "crop": lambda cache: [layer.crop(-8) for layer in cache.layers],
+    "layers": lambda cache: setattr(cache, "layers", [DynamicLayer() for _ in cache.layers]),
+}
 
 
 class TestCaches:
@@ -93,6 +101,23 @@ class TestCaches:
         assert cache.get_seq_length() == 0
         actual = outputs(model, input_ids=ids[:, -1:], position_ids=positions, **on_cache(model, cache))
         assert_close(actual, expected)
+
+    @pytest.mark.parametrize("empty", EMPTYING.values(), ids=EMPTYING)
+    @torch.no_grad()
+    def test_emptied_layer_by_layer(self, empty):
+        model, ids = make(), torch.cat(make_ids(9, 9))
+        positions = 5 + torch.arange(3).expand(2, -1)
+        expected = outputs(model, input_ids=ids[:, :3], position_ids=positions, use_cache=False)
+        cache = cache_of(model(input_ids=ids[:, :7], use_cache=True))
+        outputs(model, input_ids=ids[:, 7:8], **on_cache(model, cache))
+        empty(cache)
+        if cache.get_seq_length() != 0:
+            pytest.skip("this transformers zeroes layers instead of emptying them")
+        parts = [
+            outputs(model, input_ids=ids[:, i : i + 1], position_ids=positions[:, i : i + 1], **on_cache(model, cache))
+            for i in range(3)
+        ]
+        assert_close(torch.cat(parts, dim=1), expected)
 
     @torch.no_grad()
     def test_static(self):
