@@ -497,7 +497,6 @@ def attend_in_front(
         if not is_ours:
             raise
         restore(layer, contents)
-        in_front.is_safe = None
         raise NotInFront from error
     finally:
         _task.value = before

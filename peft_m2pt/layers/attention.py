@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
@@ -113,8 +112,11 @@ class M2PTAttention(M2PTLayer):
             if in_front is not None and in_front.is_safe and layer is not None:
                 if self.signature.unknown:
                     check_call(self.signature, self.signature.bind(args, kwargs), base_layer, self.site.path)
-                with contextlib.suppress(NotInFront):
+                try:
                     return attend_in_front(base_layer, self.site.path, in_front, layer, args, kwargs)
+                except NotInFront:
+                    # The attention function adds them below, and it is observed again.
+                    in_front.is_safe = None
             if is_known_to_be_empty(cache, index):
                 kept = in_front = None
         adapters, has_requests = self._adapters_in_use(), is_paged(cache)
