@@ -233,7 +233,7 @@ def _update_size(module: nn.Module, rank: int) -> int:
 
 
 def _widest_linear(module: nn.Module) -> int:
-    return max(getattr(part, "in_features", 0) for part in module.modules())
+    return max((linear.in_features for linear in linear_layers(module).values()), default=0)
 
 
 def check_modules_to_save(configs: Mapping[str, PeftConfig]) -> None:

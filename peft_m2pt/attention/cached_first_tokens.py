@@ -73,9 +73,7 @@ def cached_first_tokens(cache: Any) -> dict[int, CachedFirstTokens]:
 
 def first_tokens_of_layer(cache: Any, layer: int) -> CachedFirstTokens | None:
     """The first tokens that a layer has in a cache. `None` if they are not known, or if it has been emptied."""
-    cached = cached_first_tokens(cache).get(layer)
-    is_emptied = cached is not None and not torch.compiler.is_compiling() and is_known_to_be_empty(cache, layer)
-    return None if is_emptied else cached
+    return None if is_known_to_be_empty(cache, layer) else cached_first_tokens(cache).get(layer)
 
 
 def patch_cache_methods(cache_class: type[Cache] = Cache) -> None:

@@ -181,7 +181,10 @@ def _find_by_sample(call: ModuleCall) -> Found:
         first, indices = FirstTokens(call.take(samples, torch.zeros_like(samples))), torch.zeros_like(samples)
         return first, None if call.cache is None else CachedFirstTokens(indices, first)
     if visibility is None:
-        indices = torch.where(torch.as_tensor(call.past == 0, device=call.device), 0, -1).expand(call.batch_size)
+        # Only the length of a static cache can still be 0 here. torch.compile makes no tensor of `call.past == 0`.
+        has_tensor = isinstance(call.past, torch.Tensor)
+        indices = torch.where(call.past == 0, 0, -1) if has_tensor else torch.tensor(-1, device=call.device)
+        indices = indices.to(call.device).expand(call.batch_size)
         is_new = is_known = indices == 0
     else:
         indices = (visibility.first_of_sample + call.offset).expand(call.batch_size)

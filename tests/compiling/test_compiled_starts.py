@@ -14,7 +14,7 @@ from helpers.text_models import (
     packed_mask,
     pad,
 )
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from peft_m2pt import UnsupportedModelError
 
@@ -88,6 +88,28 @@ class TestCompiled:
             together = outputs(compiled, **inputs, **on_cache(model, cache))
         alone = [outputs(model, input_ids=sample, use_cache=False)[0, -1:] for sample in samples]
         assert_close(together, torch.stack(alone))
+
+    @pytest.mark.parametrize("is_emptied", [False, True])
+    @torch.no_grad()
+    def test_token_by_token_without_a_mask(self, is_emptied):
+        """In a cache that grows, and in one whose layers are emptied on the way."""
+        model, ids = make(), torch.cat(make_ids(11, 11))
+        compiled, cache = torch.compile(model, backend="eager"), DynamicCache()
+        places, start = [0, 7, 8, 9], 0
+        for first, last in zip(places, places[1:]):
+            parts = [outputs(compiled, input_ids=ids[:, first:last], **on_cache(model, cache))]
+        if is_emptied:
+            for layer in cache.layers:
+                layer.crop(-9)
+            parts, places, start = [], [0, 1, 2, 3], 5
+            for first, last in zip(places, places[1:]):
+                positions = torch.arange(start + first, start + last).expand(2, -1)
+                inputs = {"input_ids": ids[:, first:last], "position_ids": positions}
+                parts.append(outputs(compiled, **inputs, **on_cache(model, cache)))
+        length, together = places[-1], torch.cat(parts, dim=1)
+        positions = torch.arange(start, start + length).expand(2, -1)
+        expected = outputs(model, input_ids=ids[:, :length], position_ids=positions, use_cache=False)
+        assert_close(together, expected[:, -together.shape[1] :])
 
 
 @pytest.mark.usefixtures("dynamo")

@@ -9,6 +9,16 @@ from peft import PeftModel
 PROMPTS_ALONE = {"tune_connector": False}
 
 
+def check_saved(peft_model, name, folder):
+    """An adapter gives the same logits when it is loaded."""
+    peft_model.set_adapter(name)
+    inputs = without_labels(make_inputs())
+    expected = peft_model(**inputs).logits
+    peft_model.save_pretrained(folder, selected_adapters=[name])
+    loaded = PeftModel.from_pretrained(make_llava(), folder / name)
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+
 def make_two(first=None, second=None):
     peft_model = adapt(make_llava(), **(first or {}))
     peft_model.add_adapter("second", make_config(**((first or {}) if second is None else second)))
@@ -48,12 +58,7 @@ def test_cat_puts_all_prompts_side_by_side(tmp_path):
         assert torch.equal(weight, torch.cat([second[name], first[name]]))
     assert peft_model.active_adapters == ["default"]
 
-    peft_model.set_adapter("both")
-    inputs = without_labels(make_inputs())
-    expected = peft_model(**inputs).logits
-    peft_model.save_pretrained(tmp_path, selected_adapters=["both"])
-    loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "both")
-    assert torch.equal(loaded(**inputs).logits, expected)
+    check_saved(peft_model, "both", tmp_path)
 
 
 def test_linear():
@@ -123,12 +128,7 @@ def test_low_rank_updates_of_connectors_add_up(tmp_path):
     assert len(mixed) == 2
     for name, update in mixed.items():
         torch.testing.assert_close(update, 0.7 * first[name] - 0.2 * second[name])
-    peft_model.set_adapter("mixed")
-    inputs = without_labels(make_inputs())
-    expected = peft_model(**inputs).logits
-    peft_model.save_pretrained(tmp_path, selected_adapters=["mixed"])
-    loaded = PeftModel.from_pretrained(make_llava(), tmp_path / "mixed")
-    assert torch.equal(loaded(**inputs).logits, expected)
+    check_saved(peft_model, "mixed", tmp_path)
 
 
 @pytest.mark.parametrize("owner", ["default", "second"])

@@ -7,8 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 import transformers
 from helpers.models import adapt
+from helpers.servers import wait_for
 from helpers.shapes import IMAGE_SIZE, make_model, make_processor
 from packaging.version import Version
 from peft import PeftModel
@@ -77,16 +76,6 @@ class Served:
         )
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
 
-    def wait(self):
-        for _ in range(600):
-            if self.process.poll() is not None:
-                break
-            try:
-                return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health")
-            except OSError:
-                time.sleep(0.2)
-        raise RuntimeError(self.log.read_text())
-
     def generate(self, text, image=None, model=None):
         messages = [
             {"role": "user", "content": [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]}
@@ -139,7 +128,7 @@ def served_text(request, tmp_path_factory):
 def serve(*args):
     served = Served(*args)
     try:
-        served.wait()
+        wait_for(served, seconds=120)
         yield served
     finally:
         served.process.terminate()

@@ -13,8 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -35,6 +33,7 @@ import torch  # noqa: E402
 import transformers as tr  # noqa: E402
 import vllm  # noqa: E402
 from helpers.models import adapt, randomise  # noqa: E402
+from helpers.servers import wait_for  # noqa: E402
 from helpers.shapes import IMAGE_SIZE, make_processor  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -598,16 +597,6 @@ class Server:
         self.model = bundled.bundle
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
 
-    def wait(self):
-        for _ in range(3000):
-            if self.process.poll() is not None:
-                break
-            try:
-                return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health")
-            except OSError:
-                time.sleep(0.2)
-        raise RuntimeError(self.log.read_text())
-
     def chat(self, text, images=(), **kwargs):
         images = [{"type": "image_url", "image_url": {"url": as_url(make_image(seed))}} for seed in images]
         messages = [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
@@ -629,7 +618,7 @@ def test_the_server(llava, tmp_path):
     server = Server(llava, tmp_path, "--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details")
     questions = [("Which colour is it?", [0]), ("Which shape is it?", []), ("Is it red?", [1, 2]), ("Is it red?", [])]
     try:
-        server.wait()
+        wait_for(server, seconds=600)
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda question: server.chat(*question), questions * 2))
         for question, answer in zip(questions * 2, answers, strict=True):
