@@ -138,13 +138,11 @@ def joins_tokens(layer: Any) -> bool:
     )
 
 
-def count_kept(layer: Any, num_tokens: int) -> int:
-    """Counts a new token as `update` of a layer does. Returns how many of all tokens it keeps."""
-    if not isinstance(layer, DynamicSlidingWindowLayer):
-        return num_tokens
+def count_token(layer: Any, num_tokens: int) -> int:
+    """Counts a new token as `update` of a layer with a sliding window does. Returns how many of all it drops."""
     layer.cumulative_length += 1
     # As transformers slices: a window of 1 keeps all.
-    return min(num_tokens, layer.sliding_window - 1 or num_tokens)
+    return max(num_tokens - layer.sliding_window + 1, 0) if layer.sliding_window > 1 else 0
 
 
 def has_known_continuous_batching() -> bool:

@@ -48,10 +48,9 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import M2PTConfig, upstream
 from peft_m2pt.attention.cached_first_tokens import UPDATES
-from peft_m2pt.attention.cached_prompts import InFront
 from peft_m2pt.attention.interface import intercept_update
 from peft_m2pt.attention.prompt_kv import PromptKV
-from peft_m2pt.attention.prompted_layers import JOINED, can_have_prompts, contents_of, restore
+from peft_m2pt.attention.prompted_layers import JOINED, can_have_prompts, join_prompts
 
 
 class TestTransformers:
@@ -273,7 +272,6 @@ def test_what_layers_of_dynamic_caches_keep(window):
     upstream.intercept_updates(intercept_update)
     layer, expected = make_layer(), make_layer()
     prompts = PromptKV(*torch.randn(2, 1, 3, 2, 4))
-    in_front = InFront(prompts)
     assert not can_have_prompts(layer), "layers are initialized when they are made"
     for of_layer in (layer, expected):
         torch.manual_seed(0)
@@ -282,11 +280,11 @@ def test_what_layers_of_dynamic_caches_keep(window):
         assert can_have_prompts(layer)
         new = torch.randn(2, 2, 3, 1, 4)
         if step == 3:
-            contents = contents_of(layer)
-            in_front.join(layer, *new)
-            restore(layer, contents)
+            before = vars(layer).copy()
+            join_prompts(layer, prompts, *new)
+            layer.__dict__ = before
             assert layer.get_seq_length() == expected.get_seq_length(), "a layer counts its tokens in another way"
-        joined, returned = in_front.join(layer, *new), expected.update(*new)
+        joined, returned = join_prompts(layer, prompts, *new), expected.update(*new)
         for tensor, other, rows in zip(joined, returned, (prompts.key, prompts.value)):
             assert torch.equal(tensor[:, :, 2:], other), "update returns something else"
             assert torch.equal(tensor[:, :, :2], rows.expand(2, -1, -1, -1))

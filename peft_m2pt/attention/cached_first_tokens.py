@@ -76,6 +76,14 @@ def first_tokens_of_layer(cache: Any, layer: int) -> CachedFirstTokens | None:
     return None if is_known_to_be_empty(cache, layer) else cached_first_tokens(cache).get(layer)
 
 
+def first_tokens_in_cache(cache: Any, layer: int) -> FirstTokens | None:
+    """The first tokens that a layer has in a cache for self-attention that has not been emptied."""
+    # Hot path: once per layer and token.
+    by_layer = getattr(cache, ATTRIBUTE, None)
+    cached = None if by_layer is None else by_layer.get(layer)
+    return None if cached is None else cached.first_tokens
+
+
 def patch_cache_methods(cache_class: type[Cache] = Cache) -> None:
     """
     Makes the methods of caches that move samples or remove tokens update the first tokens as well.

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from .first_tokens import FirstTokens
 from .prompt_kv import PromptKV
-from .prompted_layers import join_prompts
 
 
 # The attribute of a cache with its prompts, by module path. Copies get it too.
@@ -52,22 +51,25 @@ class CachedPrompts:
     What a cache keeps of the prompts of an attention module.
 
     Args:
+        layer (`int`):
+            The index of the module's layer in the cache.
         prompts (`PromptKV` or `list[PromptKV | None]`, *optional*):
             Their keys and values.
         first_tokens ([`~peft_m2pt.attention.first_tokens.FirstTokens`], *optional*):
             What they stand in front of. `None` for prompts without positions.
         owners (`tuple[Owner, ...]`):
             That of the layer, and those of the prompts in it.
-        conditions (`tuple[Any, ...]`):
-            What else they depend on: dtype, device, adapters of the samples.
+        conditions ([`~peft_m2pt.layers.conditions.Conditions`]):
+            What else they depend on.
         in_front ([`InFront`], *optional*):
             Puts them in front of the tokens in the cache. `None` if the attention function always adds them.
     """
 
+    layer: int
     prompts: PromptKV | list[PromptKV | None] | None
     first_tokens: FirstTokens | None
     owners: tuple[Owner, ...]
-    conditions: tuple[Any, ...]
+    conditions: Any
     in_front: InFront | None = None
 
     @property
@@ -113,27 +115,23 @@ def forget_prompts(cache: Any) -> None:
     setattr(cache, PROMPTS, _ByPath())
 
 
+@dataclass(slots=True)
 class InFront:
     """
-    Puts prompts in front of the tokens in a layer of a cache, for calls with one token.
+    Prompts that may stand in front of the tokens in a layer of a cache, for calls with one token.
 
     Args:
         prompts ([`~peft_m2pt.attention.prompt_kv.PromptKV`]):
             The prompts.
+        is_safe (`bool`, *optional*):
+            Whether they may stand there. `None` until it has been observed.
     """
 
-    def __init__(self, prompts: PromptKV) -> None:
-        self.prompts = replace(prompts, is_in_front=True)
-        self.is_safe: bool | None = None
-        """Whether prompts may stand there. `None` until it has been observed."""
+    prompts: PromptKV
+    is_safe: bool | None = None
 
-    def join(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """
-        Does what `update` of a layer does, with the prompts in front of what it returns. See
-        [`~peft_m2pt.attention.prompted_layers.join_prompts`].
-        """
-        prompts = self.prompts
-        return join_prompts(layer, prompts, prompts.key, prompts.value, key, value)
+    def __post_init__(self) -> None:
+        self.prompts = replace(self.prompts, is_in_front=True)
 
 
 class Watched(torch.Tensor):

@@ -22,7 +22,7 @@ from ..errors import UnsupportedModelError
 from ..upstream import local_reach
 from .cached_first_tokens import CachedFirstTokens, cached_first_tokens
 from .first_tokens import FirstTokens, Positions, align, deduplicate, differ_from_first, map_positions, sample_axis
-from .module_call import ModuleCall, layer_index
+from .module_call import ModuleCall
 from .packed_sequences import check_packing
 from .visibility import Visibility
 
@@ -61,13 +61,6 @@ def given_positions(signature: Signature, arguments: dict[str, Any]) -> Position
         for argument in signature.arguments
         if argument.role in (Role.ROTATIONS, Role.POSITIONS) and arguments.get(argument.name) is not None
     }
-
-
-def first_tokens_in_cache(attention: nn.Module, cache: Any) -> FirstTokens | None:
-    """The first tokens that a module has in a cache. `None` if they are not known."""
-    # Hot path: once per layer and token. Whether the layer has been emptied is known there.
-    cached = cached_first_tokens(cache).get(layer_index(attention))
-    return None if cached is None else cached.first_tokens
 
 
 def cache_first_tokens(

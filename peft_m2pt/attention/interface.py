@@ -48,7 +48,7 @@ from .flex import attend_flex
 from .module_call import layer_index
 from .paged import attend_paged
 from .prompt_kv import PromptKV
-from .prompted_layers import can_have_prompts, contents_of, restore
+from .prompted_layers import can_have_prompts, join_prompts
 
 
 # How prompts get into each implementation.
@@ -220,15 +220,15 @@ class _InFrontAttender(_Task):
     values: torch.Tensor | None = None
     num_calls = 0
 
-    def __init__(self, module: nn.Module, path: str, in_front: InFront, layer: Any) -> None:
+    def __init__(self, module: nn.Module, path: str, prompts: PromptKV, layer: Any) -> None:
         self.module = module
         self.path = path
-        self.in_front = in_front
+        self.prompts = prompts
         self.layer = layer
 
     def update(self, method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):
         is_expected = layer is self.layer and self.keys is None
-        joined = self.in_front.join(layer, key, value) if is_expected else None
+        joined = join_prompts(layer, self.prompts, key, value) if is_expected else None
         if joined is None:
             raise NotInFront
         self.keys, self.values = joined
@@ -238,10 +238,9 @@ class _InFrontAttender(_Task):
         is_joined = key is self.keys and value is self.values and self.num_calls == 0
         if not is_joined or not (extension is attend_sdpa or _may_be_in_front(extension, kwargs)):
             raise NotInFront
-        self.num_calls = 1
-        prompts = self.in_front.prompts
-        for argument in kwargs.values():
-            if isinstance(argument, torch.Tensor):
+        self.num_calls, prompts = 1, self.prompts
+        for name, argument in kwargs.items():
+            if isinstance(argument, torch.Tensor) and name not in UNBIASED:
                 _refuse_biases(self.module, self.path, prompts.count_tokens(key), kwargs)
                 break
         if extension is attend_sdpa:
@@ -287,7 +286,7 @@ def intercept_update(method: Callable) -> Callable:
         layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         task = _task.value
-        if task is None or torch.compiler.is_compiling():
+        if task is None or torch.compiler.is_dynamo_compiling():
             return method(layer, key_states, value_states, *args, **kwargs)
         return task.update(method, layer, key_states, value_states, *args, **kwargs)
 
@@ -455,7 +454,7 @@ def attend_with_prompts(
 def attend_in_front(
     module: nn.Module,
     path: str,
-    in_front: InFront,
+    prompts: PromptKV,
     layer: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -468,10 +467,10 @@ def attend_in_front(
             The attention module.
         path (`str`):
             Its module path, for error messages.
-        in_front ([`~peft_m2pt.attention.cached_prompts.InFront`]):
-            Puts the prompts there.
-        layer (`DynamicLayer`):
-            The layer of the cache.
+        prompts ([`~peft_m2pt.attention.prompt_kv.PromptKV`]):
+            Its prompts.
+        layer (`CacheLayerMixin`, *optional*):
+            Its layer of the cache.
         args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
             The arguments of the call.
 
@@ -482,9 +481,11 @@ def attend_in_front(
         NotInFront: If the module does otherwise with its cache than was observed. The cache is as before.
         UnsupportedModelError: If it adds a bias to scores.
     """
-    contents = contents_of(layer)
-    attender = _InFrontAttender(module, path, in_front, layer)
-    before, _task.value = _task.value, attender
+    if layer is None:
+        raise NotInFront
+    before = layer.__dict__.copy()
+    attender = _InFrontAttender(module, path, prompts, layer)
+    task, _task.value = _task.value, attender
     try:
         # `call_without_adapters`, a function less.
         output = super(Adapted, module).__call__(*args, **kwargs)
@@ -496,10 +497,10 @@ def attend_in_front(
         is_ours = isinstance(error, NotInFront) or (attender.num_calls == 0 and not _is_extended(module))
         if not is_ours:
             raise
-        restore(layer, contents)
+        layer.__dict__ = before
         raise NotInFront from error
     finally:
-        _task.value = before
+        _task.value = task
 
 
 def _is_extended(module: nn.Module) -> bool:

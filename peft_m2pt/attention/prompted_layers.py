@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..upstream import JOINING, count_kept, joins_tokens
+from ..upstream import JOINING, count_token, joins_tokens
+from .prompt_kv import PromptKV
 
 
 # The entry of a layer's `__dict__` that holds prompts and tokens, in the place of `keys` and `values`.
@@ -25,23 +26,20 @@ class Joined:
     Keys and values of prompts and tokens.
 
     Args:
-        prompts (`Any`):
-            Tells whose prompts they are.
+        prompts ([`~peft_m2pt.attention.prompt_kv.PromptKV`]):
+            The prompts.
         keys (`torch.Tensor`), values (`torch.Tensor`):
             Of shape `(batch_size, num_key_value_heads, num_prompts + num_tokens, head_dim)`.
-        num_prompts (`int`):
-            Where tokens start.
     """
 
-    prompts: Any
+    prompts: PromptKV
     keys: torch.Tensor
     values: torch.Tensor
-    num_prompts: int
 
     def of_tokens(self, name: str) -> torch.Tensor:
         """The keys or values of the tokens."""
-        joined = getattr(self, name)
-        return joined.narrow(-2, self.num_prompts, joined.size(-2) - self.num_prompts)
+        joined, num_prompts = getattr(self, name), len(self.prompts)
+        return joined.narrow(-2, num_prompts, joined.size(-2) - num_prompts)
 
 
 def _of_tokens(name: str) -> property:
@@ -82,12 +80,7 @@ def can_have_prompts(layer: Any) -> bool:
 
 
 def join_prompts(
-    layer: Any,
-    prompts: Any,
-    prompt_key: torch.Tensor,
-    prompt_value: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    layer: Any, prompts: PromptKV, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
     Does what `update` of a layer of a cache does, with prompts in front of what it returns.
@@ -95,10 +88,8 @@ def join_prompts(
     Args:
         layer (`DynamicLayer`):
             The layer, which shows tokens alone.
-        prompts (`Any`):
-            Tells whose prompts they are.
-        prompt_key (`torch.Tensor`), prompt_value (`torch.Tensor`):
-            Of shape `(1 or batch_size, num_key_value_heads, num_prompts, head_dim)`.
+        prompts ([`~peft_m2pt.attention.prompt_kv.PromptKV`]):
+            The prompts.
         key (`torch.Tensor`), value (`torch.Tensor`):
             Of a token.
 
@@ -108,37 +99,24 @@ def join_prompts(
     # Hot path: once per layer and token.
     contents = layer.__dict__
     joined = contents.get(JOINED)
-    if joined is not None and joined.prompts is prompts and not contents.get("record_past", False):
+    if joined is not None and joined.prompts is prompts and not contents.get("record_past"):
         keys, values = torch.cat((joined.keys, key), -2), torch.cat((joined.values, value), -2)
     elif can_have_prompts(layer):
         # The first time, or something has moved, removed or replaced tokens.
-        keys, values = _join(prompt_key, layer.keys, key), _join(prompt_value, layer.values, value)
+        keys, values = _join(prompts.key, layer.keys, key), _join(prompts.value, layer.values, value)
         if type(layer) in _PROMPTED:
             layer.__class__ = _PROMPTED[type(layer)]
         contents["keys"] = contents["values"] = None
     else:
         return None
-    num_prompts = prompt_key.size(-2)
-    num_tokens = keys.size(-2) - num_prompts
-    num_kept = count_kept(layer, num_tokens)
-    if num_kept == num_tokens:
-        contents[JOINED] = Joined(prompts, keys, values, num_prompts)
+    num_dropped = count_token(layer, keys.size(-2) - len(prompts)) if layer.is_sliding else 0
+    if num_dropped > 0:
+        start = len(prompts) + num_dropped
+        layer.keys, layer.values = keys[:, :, start:], values[:, :, start:]
     else:
-        start = num_prompts + num_tokens - num_kept
-        layer.keys, layer.values = keys.narrow(-2, start, num_kept), values.narrow(-2, start, num_kept)
+        contents[JOINED] = Joined(prompts, keys, values)
     return keys, values
 
 
 def _join(prompts: torch.Tensor, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat((prompts.to(new.dtype).expand(new.shape[0], -1, -1, -1), cached, new), -2)
-
-
-def contents_of(layer: Any) -> dict[str, Any]:
-    """What a layer of a cache holds, for [`restore`]."""
-    return dict(layer.__dict__)
-
-
-def restore(layer: Any, contents: dict[str, Any]) -> None:
-    """Undoes what was done to a layer of a cache that held this."""
-    layer.__dict__.clear()
-    layer.__dict__.update(contents)

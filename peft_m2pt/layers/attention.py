@@ -15,8 +15,9 @@ from ..adapted import base_class, base_modules
 from ..anatomy.arguments import Role, check_call, read_signature
 from ..anatomy.modules import device_of, dtype_of
 from ..anatomy.sites import Connector, Site
+from ..attention.cached_first_tokens import first_tokens_in_cache
 from ..attention.cached_prompts import PROMPTS, CachedPrompts, InFront, Owner, keep_prompts
-from ..attention.find_first_tokens import cache_first_tokens, find_first_tokens, first_tokens_in_cache
+from ..attention.find_first_tokens import cache_first_tokens, find_first_tokens
 from ..attention.first_tokens import FirstTokens
 from ..attention.interface import (
     NotInFront,
@@ -32,6 +33,7 @@ from ..attention.prompt_kv import PromptKV, assign_prompt_kv
 from ..errors import UnsupportedModelError
 from ..upstream import is_known_to_be_empty, is_paged, layer_in_cache
 from .base import M2PTLayer
+from .conditions import Conditions
 from .connector import project
 from .initializer import PromptInitializer
 from .mixed_batch import SampleAdapters, sample_adapters
@@ -103,22 +105,29 @@ class M2PTAttention(M2PTLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the adapted module so that its tokens also attend to the prompts of the active adapters."""
-        base_layer, cache = self.base_layer, self.signature.find_cache(args, kwargs)
+        # Hot path, down to attend_in_front: once per layer and token. Each function that is called is paid for.
+        cache = self.signature.find_cache(args, kwargs)
         kept = None if cache is None else self._kept_in(cache, args, kwargs)
-        in_front = None
+        in_front = None if kept is None else kept.in_front
+        if in_front is not None and in_front.is_safe and not torch.compiler.is_dynamo_compiling():
+            layer = layer_in_cache(cache, kept.layer)
+            if self.signature.unknown:
+                check_call(self.signature, self.signature.bind(args, kwargs), self.base_layer, self.site.path)
+            try:
+                return attend_in_front(self.base_layer, self.site.path, in_front.prompts, layer, args, kwargs)
+            except NotInFront:
+                # The attention function adds them, and it is observed again.
+                in_front.is_safe = None
+        return self._attend(args, kwargs, cache, kept)
+
+    def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any, kept: CachedPrompts | None) -> Any:
+        """Calls the adapted module, whose attention function adds prompts."""
+        base_layer, in_front = self.base_layer, None
         if kept is not None and not in_graph():
-            index, in_front = layer_index(base_layer), kept.in_front
-            layer = layer_in_cache(cache, index)
-            if in_front is not None and in_front.is_safe and layer is not None:
-                if self.signature.unknown:
-                    check_call(self.signature, self.signature.bind(args, kwargs), base_layer, self.site.path)
-                try:
-                    return attend_in_front(base_layer, self.site.path, in_front, layer, args, kwargs)
-                except NotInFront:
-                    # The attention function adds them below, and it is observed again.
-                    in_front.is_safe = None
-            if is_known_to_be_empty(cache, index):
-                kept = in_front = None
+            if is_known_to_be_empty(cache, kept.layer):
+                kept = None
+            else:
+                in_front = kept.in_front
         adapters, has_requests = self._adapters_in_use(), is_paged(cache)
         if not adapters:
             if self.site.kind == "textual":
@@ -167,19 +176,18 @@ class M2PTAttention(M2PTLayer):
 
     def _kept_in(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedPrompts | None:
         """The prompts that a cache keeps for this call, which has one token."""
-        # Hot path: once per layer and token. Each function that is called is paid for.
-        by_path = getattr(cache, PROMPTS, None)
-        kept = None if by_path is None else by_path.get(self.site.path)
-        if kept is None or torch.is_grad_enabled() or self._disable_adapters:
+        kept_by_path = getattr(cache, PROMPTS, None)
+        kept = None if kept_by_path is None else kept_by_path.get(self.site.path)
+        if kept is None or self._disable_adapters or torch.is_grad_enabled():
             return None
         tokens = self.signature.find_input(args, kwargs)
-        if tokens.size(-2) > 1 or kept.owners[0] is not self.owner or kept.conditions != _conditions(tokens):
+        if tokens.size(-2) > 1 or kept.owners[0] is not self.owner or not kept.conditions.hold_for(tokens):
             return None
         for owner in kept.owners:
             if not owner.is_current:
                 return None
         first = kept.first_tokens
-        return kept if first is None or first is first_tokens_in_cache(self.base_layer, cache) else None
+        return kept if first is None or first is first_tokens_in_cache(cache, kept.layer) else None
 
     def _rows_or_kept(
         self, adapters: list[str], arguments: dict[str, Any], cache: Any, kept: CachedPrompts | None
@@ -215,7 +223,8 @@ class M2PTAttention(M2PTLayer):
         """What a cache keeps of prompts for its next token."""
         kinds = (self.m2pt_prompt, self.m2pt_interaction)
         owners = (self.owner, *(of_kind[name].owner for of_kind in kinds for name in adapters if name in of_kind))
-        kept = CachedPrompts(rows, first, owners, _conditions(arguments[self.signature.input_name]))
+        conditions = Conditions.of(arguments[self.signature.input_name])
+        kept = CachedPrompts(layer_index(self.base_layer), rows, first, owners, conditions)
         # Offloaded caches change places behind each call.
         may_be_in_front = isinstance(rows, PromptKV) and kept.are_certain and not getattr(cache, "offloading", False)
         return replace(kept, in_front=InFront(rows)) if may_be_in_front else kept
@@ -233,7 +242,7 @@ class M2PTAttention(M2PTLayer):
                 f"call model.destroy_cached_continuous_batching_manager() if it is kept, and begin anew."
             )
         check_requests(self.base_layer, self.site.path, self.signature, arguments, self.site.rotary)
-        key = (*_conditions(arguments[self.signature.input_name]), *adapters)
+        key = (Conditions.of(arguments[self.signature.input_name]), *adapters)
         kept = noted.get(self.site.path)
         if call == 0 and kept is not None and kept.are_valid_for(cache, key):
             return kept.rows
@@ -270,7 +279,7 @@ class M2PTAttention(M2PTLayer):
         kept = noted[self.site.path]
         if kept is None or not adapters:
             return kept is None and not adapters
-        return kept.are_valid_for(cache, (*kept.key[:4], *adapters))
+        return kept.are_valid_for(cache, (kept.key[0], *adapters))
 
     def _first_tokens(self, arguments: dict[str, Any]) -> FirstTokens | None:
         """Where the sequences start that prompts are put in front of. `None` for prompts without positions."""
@@ -407,17 +416,6 @@ def _have_equal_rows(kept: _RowsOfRequests | None, other: _RowsOfRequests | None
 def in_graph() -> bool:
     """Whether operations are being taken down, so that nothing can be observed."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _conditions(tokens: torch.Tensor) -> tuple[Any, ...]:
-    """What prompts depend on besides active adapters, weights and positions."""
-    # Hot path: once per layer and token. A function called is a function paid for.
-    device, samples = tokens.device, sample_adapters()
-    device_type = device.type
-    # The meta device has no autocast.
-    is_autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    autocast_dtype = torch.get_autocast_dtype(device_type) if is_autocast else None
-    return tokens.dtype, device, autocast_dtype, None if samples is None else (samples, len(tokens))
 
 
 def _version(weight: torch.Tensor) -> int | None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from unittest import mock
 
 from peft_m2pt import M2PTAttention
-from peft_m2pt.attention import eager_sdpa
-from peft_m2pt.attention.cached_prompts import InFront
+from peft_m2pt.attention import eager_sdpa, interface
+from peft_m2pt.attention.prompt_kv import PromptKV
+from peft_m2pt.attention.prompted_layers import join_prompts
 
 
 @contextmanager
@@ -23,14 +24,13 @@ def recomputed() -> Iterator[None]:
 
 
 @contextmanager
-def counted() -> Iterator[list[InFront]]:
-    """Takes down each call of a module that finds its prompts in front of the tokens in a cache."""
-    calls: list[InFront] = []
-    join = InFront.join
+def counted() -> Iterator[list[PromptKV]]:
+    """Records each call of a module that finds its prompts in front of the tokens in a cache."""
+    calls: list[PromptKV] = []
 
-    def counting(in_front, *args):
-        calls.append(in_front)
-        return join(in_front, *args)
+    def counting(layer, prompts, *args):
+        calls.append(prompts)
+        return join_prompts(layer, prompts, *args)
 
-    with mock.patch.object(InFront, "join", counting):
+    with mock.patch.object(interface, "join_prompts", counting):
         yield calls
