@@ -59,6 +59,7 @@ def compare(methods: dict[str, dict[str, Any]], name: str, quantity: str, refere
 TITLES = {
     "forward": "forward",
     "decode": "decoding",
+    "decode_compiled": "compiled decoding",
     "decode_padded": "decoding four padded samples",
     "train": "training step",
     "peak_bytes": "peak memory",
@@ -70,6 +71,7 @@ COLUMNS = (
     ("forward", "base", "forward / base"),
     ("flops", "base", "operations / base"),
     ("decode", "base", "decoding / base"),
+    ("decode_compiled", "base", "compiled decoding / base"),
     ("train", LORA, "training step / LoRA"),
     ("peak_bytes", LORA, "peak memory / LoRA"),
     ("saved_bytes", LORA, "activations / LoRA"),
@@ -84,7 +86,8 @@ def list_aims(results: dict[str, Any]) -> list[tuple[str, float, float]]:
         few, many = (f"M2PT {numbers}{kind}" for numbers in NUMBERS[:2])
         wanted = [
             (few, "forward", "base", 1.03),
-            (few, "decode", "base", 1.02),
+            (few, "decode", "base", 1.015),
+            (few, "decode_compiled", "base", 1.02),
             (few, "train", LORA, 1.03),
             (few, "peak_bytes", LORA, 1.0),
             (few, "saved_bytes", LORA, 1.0),
@@ -93,6 +96,8 @@ def list_aims(results: dict[str, Any]) -> list[tuple[str, float, float]]:
         for name, quantity, reference, limit in wanted:
             if reference in methods:
                 value = compare(methods, name, quantity, reference)
+                if value is None:
+                    continue
                 value = value[1] if isinstance(value, tuple) else value
                 aims.append((f"{name}: {TITLES[quantity]} / {reference}", value, limit))
     few, narrow = f"M2PT {NUMBERS[0]}", results["launch_bound"]

@@ -122,6 +122,11 @@ def measure_methods(dims: Llava | QwenVL, base: PreTrainedModel, repeats: int) -
             name: lambda name=name, model=model: measure.decoding_seconds(model, inputs[name], NUM_DECODED)
             for name, model in models.items()
         },
+        # Of few methods, since torch compiles the code of a model for a limited number of variants.
+        "decode_compiled": {
+            name: lambda name=name: measure.compiled_decoding_seconds(models[name], inputs[name], NUM_DECODED)
+            for name in (method.name for method in (base_model(), lora(dims), m2pt(20, 10)))
+        },
     }
     for quantity, calls in timed.items():
         say(quantity)

@@ -414,7 +414,7 @@ def _have_equal_rows(kept: _RowsOfRequests | None, other: _RowsOfRequests | None
 
 
 def in_graph() -> bool:
-    """Whether operations are being taken down, so that nothing can be observed."""
+    """Whether a graph is being made of operations, so that nothing can be observed."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
