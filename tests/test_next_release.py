@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.models import VOCAB_SIZE, adapt, trained_by
 from torch import nn
-from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -229,3 +229,15 @@ def test_unknown_values_are_refused_before_anything_is_computed(attention, optio
     assert not calls
     with model.disable_adapter():
         model(**INPUTS)
+
+
+@torch.no_grad()
+def test_unknown_values_are_refused_while_decoding():
+    layer = type("Layer", (NewLayer,), {})
+    model, cache = adapt_text(make_model(Annotated, layer)), DynamicCache()
+    for start, stop in ((0, 4), (4, 5), (5, 6)):
+        model(input_ids=INPUT_IDS[:, start:stop], past_key_values=cache)
+    layer.options = {"temperature": 2.0}
+    with pytest.raises(UnsupportedModelError, match=r"was called with temperature=2\.0"):
+        model(input_ids=INPUT_IDS[:, 6:], past_key_values=cache)
+    assert cache.get_seq_length() == 6
