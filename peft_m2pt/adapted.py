@@ -29,10 +29,7 @@ class Adapted(nn.Module):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self.m2pt_layer
-        # Hot path: once per layer and token. Most layers have no hooks.
-        call = layer if layer._forward_pre_hooks or layer._forward_hooks else layer.forward
-        return call(*args, **kwargs)
+        return self.m2pt_layer(*args, **kwargs)
 
     def call_without_adapters(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module with its hooks, as if it were not adapted."""

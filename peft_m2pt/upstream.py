@@ -19,7 +19,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from packaging.version import Version
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -108,6 +108,13 @@ def layer_in_cache(cache: Any, index: int) -> Any:
     """A layer of a cache. `None` if it is not there (yet)."""
     layers = getattr(cache, "layers", ())
     return layers[index] if index < len(layers) else None
+
+
+def updates_layers(cache: Any) -> bool:
+    """Whether `update` of a cache does nothing but call that of a layer."""
+    # Offloaded caches change places behind each call.
+    is_own = type(cache).update is Cache.update and "update" not in vars(cache)
+    return is_own and not getattr(cache, "offloading", False)
 
 
 def is_known_to_be_empty(cache: Any, layer: int) -> bool:

@@ -2,7 +2,7 @@
 Prompts that a cache keeps for its next token.
 
 In a step of decoding, a layer of the cache joins the keys that it has with the new one, and the attention function
-gets the result. With prompts in front of that (`prompted_layers.py`), a step costs what it costs in the base model.
+gets the result. With prompts in front of that (`prompted_layers.py`), a step does what it does in the base model.
 
 Whether this is safe is observed in the first step: what `update` of the layer has returned has to reach the attention
 function untouched, and nothing may hold on to it. Layers that share keys, expand latents or select keys do otherwise;
@@ -61,6 +61,8 @@ class CachedPrompts:
             That of the layer, and those of the prompts in it.
         conditions ([`~peft_m2pt.layers.conditions.Conditions`]):
             What else they depend on.
+        are_certain (`bool`):
+            Whether they fit any next token. If samples start at several positions, its mask tells.
         in_front ([`InFront`], *optional*):
             Puts them in front of the tokens in the cache. `None` if the attention function always adds them.
     """
@@ -70,12 +72,8 @@ class CachedPrompts:
     first_tokens: FirstTokens | None
     owners: tuple[Owner, ...]
     conditions: Any
-    in_front: InFront | None = None
-
-    @property
-    def are_certain(self) -> bool:
-        """Whether they fit any next token. If samples start at several positions, its mask tells."""
-        return self.first_tokens is None or self.first_tokens.count == 1
+    are_certain: bool
+    in_front: InFront | None
 
 
 class _ByPath(dict):
@@ -100,9 +98,11 @@ def keep_prompts(cache: Any, path: str, prompts: CachedPrompts | None) -> None:
         prompts ([`CachedPrompts`], *optional*):
             The prompts. `None` to keep none.
     """
-    by_path = getattr(cache, PROMPTS, {})
-    if prompts is not None or path in by_path:
-        setattr(cache, PROMPTS, _ByPath({**by_path, path: prompts}))
+    by_path = _ByPath(getattr(cache, PROMPTS, {}))
+    by_path.pop(path, None)
+    if prompts is not None:
+        by_path[path] = prompts
+    setattr(cache, PROMPTS, by_path)
 
 
 def keeps_prompts(cache: Any) -> bool:

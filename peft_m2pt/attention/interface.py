@@ -36,7 +36,6 @@ import torch
 from torch import nn
 from transformers.integrations.flash_attention import flash_attention_forward
 
-from ..adapted import Adapted
 from ..anatomy.attention_calls import find_attention_call
 from ..errors import UnsupportedModelError
 from ..per_thread import PerThread
@@ -48,7 +47,7 @@ from .flex import attend_flex
 from .module_call import layer_index
 from .paged import attend_paged
 from .prompt_kv import PromptKV
-from .prompted_layers import can_have_prompts, join_prompts
+from .prompted_layers import can_have_prompts, join_prompts, undo_join
 
 
 # How prompts get into each implementation.
@@ -172,21 +171,23 @@ class _Attender(_Task):
 
 
 class NotInFront(Exception):
-    """Ends a call of a module that does otherwise with its cache than was observed."""
+    """Ends a call of a module that uses its cache in another way than was observed."""
 
 
 class _Observer(_Attender):
-    """Attends as before, and observes whether prompts may stand in front of the tokens in a cache."""
+    """Attends as before, and observes whether prompts may stand in front of the tokens in a layer of a cache."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, layer: Any, *args: Any) -> None:
         super().__init__(*args)
+        self.layer = layer
         self.watches: list[Watch] = []
         self.arrived = False
 
     def update(self, method: Callable, layer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         returned = method(layer, *args, **kwargs)
         # A tensor of a class of its own cannot be watched.
-        if not can_have_prompts(layer) or any(type(tensor) is not torch.Tensor for tensor in returned):
+        can_be_watched = all(type(tensor) is torch.Tensor for tensor in returned)
+        if layer is not self.layer or not can_have_prompts(layer) or not can_be_watched:
             return returned
         watches = [Watch(tensor) for tensor in returned]
         self.watches += watches
@@ -227,23 +228,32 @@ class _InFrontAttender(_Task):
         self.layer = layer
 
     def update(self, method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):
-        is_expected = layer is self.layer and self.keys is None
-        joined = join_prompts(layer, self.prompts, key, value) if is_expected else None
+        if layer is not self.layer:
+            # Of another model, which is called by a hook.
+            return method(layer, key, value, *args, **kwargs)
+        joined = join_prompts(layer, self.prompts, key, value) if self.keys is None else None
         if joined is None:
             raise NotInFront
         self.keys, self.values = joined
         return joined
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
-        is_joined = key is self.keys and value is self.values and self.num_calls == 0
-        if not is_joined or not (extension is attend_sdpa or _may_be_in_front(extension, kwargs)):
+        prompts = self.prompts
+        if self.num_calls > 0:
             raise NotInFront
-        self.num_calls, prompts = 1, self.prompts
+        if self.keys is None:
+            # In a graph, or by another `update`, the layer has joined tokens alone.
+            prompts = PromptKV(prompts.key, prompts.value, prompts.visible)
+        elif key is not self.keys or value is not self.values:
+            raise NotInFront
+        elif not (extension is attend_sdpa or _may_be_in_front(extension, kwargs)):
+            raise NotInFront
+        self.num_calls = 1
         for name, argument in kwargs.items():
             if isinstance(argument, torch.Tensor) and name not in UNBIASED:
                 _refuse_biases(self.module, self.path, prompts.count_tokens(key), kwargs)
                 break
-        if extension is attend_sdpa:
+        if extension is attend_sdpa and prompts.is_in_front:
             # All that is left to do for one query.
             if attention_mask is not None or prompts.visible is not None:
                 attention_mask = mask_of_step(layer_index(self.module), prompts, query, key, attention_mask)
@@ -412,6 +422,7 @@ def attend_with_prompts(
     call: Callable[[], Any],
     is_paged: bool = False,
     in_front: InFront | None = None,
+    layer: Any = None,
 ) -> Any:
     """
     Calls an attention module, which attends to prompts besides its own tokens.
@@ -431,6 +442,8 @@ def attend_with_prompts(
             Whether it does so with a paged cache.
         in_front ([`~peft_m2pt.attention.cached_prompts.InFront`], *optional*):
             Gets to know whether it can put the prompts in front of the tokens in the cache of the module.
+        layer (`CacheLayerMixin`, *optional*):
+            The layer of the cache in which that is observed.
 
     Returns:
         `Any`: What the module returns.
@@ -439,7 +452,8 @@ def attend_with_prompts(
         UnsupportedModelError: If the attention function was not called, or adds a bias to scores.
     """
     is_observed = in_front is not None and in_front.is_safe is None
-    attender = (_Observer if is_observed else _Attender)(module, path, prompts, record, is_paged)
+    of_call = module, path, prompts, record, is_paged
+    attender = _Observer(layer, *of_call) if is_observed else _Attender(*of_call)
     try:
         output = _run(attender, call)
     finally:
@@ -469,7 +483,7 @@ def attend_in_front(
             Its module path, for error messages.
         prompts ([`~peft_m2pt.attention.prompt_kv.PromptKV`]):
             Its prompts.
-        layer (`CacheLayerMixin`, *optional*):
+        layer (`CacheLayerMixin`):
             Its layer of the cache.
         args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
             The arguments of the call.
@@ -478,29 +492,34 @@ def attend_in_front(
         `Any`: What the module returns.
 
     Raises:
-        NotInFront: If the module does otherwise with its cache than was observed. The cache is as before.
+        NotInFront: If the module uses its cache in another way than was observed. The cache is as before.
         UnsupportedModelError: If it adds a bias to scores.
     """
-    if layer is None:
-        raise NotInFront
-    before = layer.__dict__.copy()
     attender = _InFrontAttender(module, path, prompts, layer)
     task, _task.value = _task.value, attender
     try:
-        # `call_without_adapters`, a function less.
-        output = super(Adapted, module).__call__(*args, **kwargs)
-        if attender.num_calls == 1:
-            return output
-        # Code that was compiled since, or an attention function that is not extended yet.
-        raise NotInFront
+        output = module.call_without_adapters(*args, **kwargs)
+        if attender.num_calls == 0 and attender.keys is not None:
+            raise NotInFront
     except Exception as error:
-        is_ours = isinstance(error, NotInFront) or (attender.num_calls == 0 and not _is_extended(module))
-        if not is_ours:
+        # An attention function that is not extended yet gets keys that do not fit its mask.
+        is_unseen = attender.num_calls == 0 and attender.keys is not None and not _is_extended(module)
+        if not is_unseen and not isinstance(error, NotInFront):
             raise
-        layer.__dict__ = before
+        if attender.keys is not None:
+            undo_join(layer, prompts, attender.keys, attender.values)
+        elif attender.num_calls > 0:
+            raise UnsupportedModelError(
+                f"The attention '{path}' ({type(module).__name__}) calls its attention function more often than for "
+                f"the token before, so M2PT does not know which prompts belong there. Begin with a new cache, or "
+                f"leave it out with exclude_modules=['{path}']."
+            ) from error
         raise NotInFront from error
     finally:
         _task.value = task
+    if attender.num_calls == 0:
+        raise _bypassed(module, path)
+    return output
 
 
 def _is_extended(module: nn.Module) -> bool:

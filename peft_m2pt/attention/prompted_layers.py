@@ -61,7 +61,10 @@ def _make_prompted(layer_class: type) -> type:
 
     def reduce(layer: Any, protocol: Any) -> tuple[Any, ...]:
         # Copies have no prompts, not even behind a view.
-        tokens = {name: None if (t := getattr(layer, name)) is None else t.contiguous() for name in ("keys", "values")}
+        tokens = {
+            name: None if (t := getattr(layer, name)) is None else t.clone(memory_format=torch.contiguous_format)
+            for name in ("keys", "values")
+        }
         rest = {name: value for name, value in layer.__dict__.items() if name != JOINED}
         return object.__new__, (layer_class,), {**rest, **tokens}
 
@@ -75,7 +78,7 @@ _PROMPTED = {layer_class: _make_prompted(layer_class) for layer_class in JOINING
 
 
 def can_have_prompts(layer: Any) -> bool:
-    """Whether a layer of a cache does nothing but to join the keys and values of its tokens with new ones."""
+    """Whether a layer of a cache does nothing but join the keys and values of its tokens with new ones."""
     return (type(layer) in _PROMPTED or type(layer) in _PROMPTED.values()) and joins_tokens(layer)
 
 
@@ -104,9 +107,7 @@ def join_prompts(
     elif can_have_prompts(layer):
         # The first time, or something has moved, removed or replaced tokens.
         keys, values = _join(prompts.key, layer.keys, key), _join(prompts.value, layer.values, value)
-        if type(layer) in _PROMPTED:
-            layer.__class__ = _PROMPTED[type(layer)]
-        contents["keys"] = contents["values"] = None
+        layer.__class__ = _PROMPTED.get(type(layer), type(layer))
     else:
         return None
     num_dropped = count_token(layer, keys.size(-2) - len(prompts)) if layer.is_sliding else 0
@@ -115,8 +116,16 @@ def join_prompts(
         layer.keys, layer.values = keys[:, :, start:], values[:, :, start:]
     else:
         contents[JOINED] = Joined(prompts, keys, values)
+        contents["keys"] = contents["values"] = None
     return keys, values
 
 
 def _join(prompts: torch.Tensor, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return torch.cat((prompts.to(new.dtype).expand(new.shape[0], -1, -1, -1), cached, new), -2)
+
+
+def undo_join(layer: Any, prompts: PromptKV, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Undoes a call of `join_prompts` that returned these keys and values."""
+    layer.keys, layer.values = keys[:, :, len(prompts) : -1], values[:, :, len(prompts) : -1]
+    if layer.is_sliding:
+        layer.cumulative_length -= 1

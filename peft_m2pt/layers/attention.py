@@ -26,12 +26,12 @@ from ..attention.interface import (
     extend_attention_function,
     record_prompt_kv,
 )
-from ..attention.module_call import layer_index
+from ..attention.module_call import is_in_graph, layer_index
 from ..attention.paged import check_requests, first_token_of_requests, prompts_in_cache
 from ..attention.prompt_arguments import prompt_arguments
 from ..attention.prompt_kv import PromptKV, assign_prompt_kv
 from ..errors import UnsupportedModelError
-from ..upstream import is_known_to_be_empty, is_paged, layer_in_cache
+from ..upstream import is_known_to_be_empty, is_paged, layer_in_cache, updates_layers
 from .base import M2PTLayer
 from .conditions import Conditions
 from .connector import project
@@ -109,8 +109,8 @@ class M2PTAttention(M2PTLayer):
         cache = self.signature.find_cache(args, kwargs)
         kept = None if cache is None else self._kept_in(cache, args, kwargs)
         in_front = None if kept is None else kept.in_front
-        if in_front is not None and in_front.is_safe and not torch.compiler.is_dynamo_compiling():
-            layer = layer_in_cache(cache, kept.layer)
+        layer = None if in_front is None else layer_in_cache(cache, kept.layer)
+        if layer is not None and in_front.is_safe and not torch.compiler.is_dynamo_compiling():
             if self.signature.unknown:
                 check_call(self.signature, self.signature.bind(args, kwargs), self.base_layer, self.site.path)
             try:
@@ -122,12 +122,13 @@ class M2PTAttention(M2PTLayer):
 
     def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any, kept: CachedPrompts | None) -> Any:
         """Calls the adapted module, whose attention function adds prompts."""
-        base_layer, in_front = self.base_layer, None
-        if kept is not None and not in_graph():
+        base_layer, in_front, layer = self.base_layer, None, None
+        arguments = self.signature.bind(args, kwargs)
+        if kept is not None and not is_in_graph(arguments[self.signature.input_name]):
             if is_known_to_be_empty(cache, kept.layer):
                 kept = None
             else:
-                in_front = kept.in_front
+                in_front, layer = kept.in_front, layer_in_cache(cache, kept.layer)
         adapters, has_requests = self._adapters_in_use(), is_paged(cache)
         if not adapters:
             if self.site.kind == "textual":
@@ -136,7 +137,6 @@ class M2PTAttention(M2PTLayer):
                 elif prompts_in_cache(cache) is not None:
                     self._put_in_front_of_requests(cache, None)
             return base_layer.call_without_adapters(*args, **kwargs)
-        arguments = self.signature.bind(args, kwargs)
         extend_attention_function(base_layer, self.site.path, has_requests)
         check_call(self.signature, arguments, base_layer, self.site.path)
         # Packed images share one set of prompt rows, even if attention is computed image by image.
@@ -144,7 +144,7 @@ class M2PTAttention(M2PTLayer):
         record = None if is_packed else partial(self._rows, adapters, arguments)
         rows = self._rows_or_kept(adapters, arguments, cache, kept)
         call = partial(base_layer.call_without_adapters, *args, **kwargs)
-        return attend_with_prompts(base_layer, self.site.path, rows, record, call, has_requests, in_front)
+        return attend_with_prompts(base_layer, self.site.path, rows, record, call, has_requests, in_front, layer)
 
     @property
     def is_active(self) -> bool:
@@ -224,10 +224,9 @@ class M2PTAttention(M2PTLayer):
         kinds = (self.m2pt_prompt, self.m2pt_interaction)
         owners = (self.owner, *(of_kind[name].owner for of_kind in kinds for name in adapters if name in of_kind))
         conditions = Conditions.of(arguments[self.signature.input_name])
-        kept = CachedPrompts(layer_index(self.base_layer), rows, first, owners, conditions)
-        # Offloaded caches change places behind each call.
-        may_be_in_front = isinstance(rows, PromptKV) and kept.are_certain and not getattr(cache, "offloading", False)
-        return replace(kept, in_front=InFront(rows)) if may_be_in_front else kept
+        is_certain = first is None or first.count == 1
+        in_front = InFront(rows) if isinstance(rows, PromptKV) and is_certain and updates_layers(cache) else None
+        return CachedPrompts(layer_index(self.base_layer), rows, first, owners, conditions, is_certain, in_front)
 
     def _rows_of_requests(self, adapters: list[str], arguments: dict[str, Any], cache: Any, call: int) -> PromptKV:
         """
@@ -252,7 +251,7 @@ class M2PTAttention(M2PTLayer):
             sources = self._sources(adapters)
             if self.site.rotary is not None:
                 sources += self.site.rotary.module.modules()
-            self._put_in_front_of_requests(cache, _RowsOfRequests(rows, start, cache, key, sources))
+            self._put_in_front_of_requests(cache, _RowsOfRequests(rows, cache, key, sources))
         return rows
 
     def _put_in_front_of_requests(self, cache: Any, kept: _RowsOfRequests | None) -> None:
@@ -365,14 +364,12 @@ class _RowsOfRequests:
 
     def __init__(
         self,
-        rows: PromptKV | list[PromptKV | None] | None,
-        first: FirstTokens | None,
+        rows: PromptKV,
         cache: Any,
         key: tuple[Any, ...],
         sources: Sequence[nn.Module],
     ) -> None:
         self.rows = rows
-        self.first = first
         self.cache = weakref.ref(cache)
         self.key = key
         self.weights = [
@@ -411,11 +408,6 @@ def _have_equal_rows(kept: _RowsOfRequests | None, other: _RowsOfRequests | None
         return kept is other
     pairs = ((getattr(kept.rows, name), getattr(other.rows, name)) for name in ("key", "value"))
     return all(first.dtype == second.dtype and torch.equal(first, second) for first, second in pairs)
-
-
-def in_graph() -> bool:
-    """Whether a graph is being made of operations, so that nothing can be observed."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _version(weight: torch.Tensor) -> int | None:

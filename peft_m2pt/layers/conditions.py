@@ -17,8 +17,8 @@ class Conditions:
     Args:
         dtype (`torch.dtype`), device (`torch.device`):
             Those of the tokens.
-        device_type (`str`):
-            The name by which torch keeps autocast.
+        device_type (`str`, *optional*):
+            The key under which torch stores autocast. `None` for devices without it.
         autocast_dtype (`torch.dtype`, *optional*):
             That of autocast, if it is enabled.
         samples ([`~peft_m2pt.layers.mixed_batch.SampleAdapters`], *optional*):
@@ -29,7 +29,7 @@ class Conditions:
 
     dtype: torch.dtype
     device: torch.device
-    device_type: str
+    device_type: str | None
     autocast_dtype: torch.dtype | None
     samples: SampleAdapters | None
     num_rows: int | None
@@ -38,8 +38,9 @@ class Conditions:
     def of(tokens: torch.Tensor) -> Conditions:
         """The conditions in a call with these tokens."""
         device, samples = tokens.device, sample_adapters()
-        autocast_dtype, num_rows = _autocast_dtype(device.type), None if samples is None else len(tokens)
-        return Conditions(tokens.dtype, device, device.type, autocast_dtype, samples, num_rows)
+        device_type = device.type if torch.amp.is_autocast_available(device.type) else None
+        num_rows = None if samples is None else len(tokens)
+        return Conditions(tokens.dtype, device, device_type, _autocast_dtype(device_type), samples, num_rows)
 
     def hold_for(self, tokens: torch.Tensor) -> bool:
         """Whether they are those of a call with these tokens."""
@@ -51,7 +52,6 @@ class Conditions:
         return is_same and _autocast_dtype(self.device_type) is self.autocast_dtype
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    # The meta device has no autocast.
-    is_enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
+def _autocast_dtype(device_type: str | None) -> torch.dtype | None:
+    is_enabled = device_type is not None and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if is_enabled else None

@@ -13,11 +13,11 @@ from helpers.models import make_config, on_top_of, randomise
 from helpers.recomputed import counted, recomputed
 from helpers.text_models import OTHER_TEXT, TEXT, WINDOW, make, make_ids, on_cache, outputs
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import AttentionInterface
 
-from peft_m2pt import M2PTConfig
+from peft_m2pt import M2PTConfig, UnsupportedModelError
 
 
 LAYERS = TEXT["num_hidden_layers"]
@@ -131,18 +131,38 @@ class TestKinds:
         compare(run, 3 * LAYERS)
 
 
-class UsedCache(DynamicCache):
-    def __init__(self, use):
-        super().__init__()
+class InUse:
+    """A cache as a module has it that does something with what `update` returns."""
+
+    def __init__(self, cache, use):
+        self.cache = cache
         self.use = use
-        self.held = []
 
     def update(self, *args, **kwargs):
-        return self.use(self, *super().update(*args, **kwargs))
+        return self.use(self.cache, *self.cache.update(*args, **kwargs))
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
+
+
+def let_modules_use(model, use):
+    """Lets attention modules do something with what a cache returns."""
+    for layer in model.get_base_model().model.layers:
+        forward = layer.self_attn.forward
+
+        def with_use(*args, forward=forward, **kwargs):
+            caches = {name: InUse(value, use) for name, value in kwargs.items() if isinstance(value, Cache)}
+            return forward(*args, **{**kwargs, **caches})
+
+        layer.self_attn.forward = with_use
+    return model
+
+
+HELD = []
 
 
 def hold(cache, keys, values):
-    cache.held.append(keys)
+    HELD.append(keys)
     return keys, values
 
 
@@ -156,36 +176,77 @@ def double(cache, keys, values):
 
 
 def hold_part(cache, keys, values):
-    cache.held.append(keys[:, :, -1:])
+    HELD.append(keys[:, :, -1:])
     return keys, values
 
 
 def drop_later(cache, keys, values):
     """Selects keys from a certain length on, as indexers do."""
-    if cache.get_seq_length(1) > 8:
-        cache.held.append(keys)
-        return keys[:, :, 1:], values[:, :, 1:]
-    return keys, values
+    is_long = cache.get_seq_length(1) > 8
+    return (keys[:, :, 1:], values[:, :, 1:]) if is_long else (keys, values)
+
+
+class WithSink(DynamicCache):
+    """Keeps the first token and the latest ones, from a certain length on."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if keys.shape[-2] > 8:
+            layer = self.layers[layer_idx]
+            layer.keys, layer.values = (torch.cat([x[:, :, :1], x[:, :, -6:]], dim=2) for x in (keys, values))
+        return keys, values
 
 
 class TestObserved:
     @pytest.mark.parametrize("use", [hold, look, double, hold_part])
     def test_what_else_is_done_with_keys(self, use):
-        model, ids = make(), batch()
-        compare(lambda: feed(model, UsedCache(use), ids, 0, 6, 7, 8, 9), 0)
+        model, ids = let_modules_use(make(), use), batch()
+        compare(lambda: feed(model, DynamicCache(), ids, 0, 6, 7, 8, 9), 0)
+        HELD.clear()
 
     def test_what_changes_later(self):
         """The call is repeated, with prompts that the attention function adds. The cache does not notice."""
-        model, ids = make(), batch()
+        model, ids = let_modules_use(make(), drop_later), batch()
         caches = []
 
         def run():
-            caches.append(UsedCache(drop_later))
+            caches.append(DynamicCache())
             return feed(model, caches[-1], ids, 0, 6, *range(7, 14))
 
+        with torch.no_grad(), counted() as calls:
+            run()
+        # The second token, and the third, whose call is repeated in all layers but the first.
+        assert len(calls) >= 2 * LAYERS
         compare(run)
-        for layer, other in zip(caches[0].layers, caches[1].layers):
+        for layer, other in zip(caches[0].layers, caches[-1].layers):
             assert layer.keys.shape == other.keys.shape == (2, 2, 13, 12)
+
+    def test_caches_with_an_update_of_their_own(self):
+        """They may look at keys at any time."""
+        model, ids = make(), batch()
+        compare(lambda: feed(model, WithSink(), ids, 0, 6, *range(7, 14)), 0)
+
+    @pytest.mark.parametrize("part", ["q_proj", "o_proj"])
+    def test_another_model_that_a_hook_calls(self, part):
+        model, ids = make(), batch()
+        other, others = make("mistral").unload(), []
+
+        def run():
+            cache = DynamicCache()
+            first = feed(model, cache, ids, 0, 6)
+
+            def hook(*args):
+                others.append(other(input_ids=ids[:, :4], use_cache=True).logits)
+
+            hook = getattr(model.get_base_model().model.layers[0].self_attn, part).register_forward_hook(hook)
+            rest = feed(model, cache, ids, 6, 7, 8, 9)
+            hook.remove()
+            return torch.cat([first, rest], dim=1)
+
+        compare(run, 2 * LAYERS)
+        with torch.no_grad():
+            expected = other(input_ids=ids[:, :4]).logits
+        assert others and all(torch.equal(logits, expected) for logits in others)
 
     def test_layers_that_share_keys(self):
         shared = []
@@ -201,8 +262,16 @@ class TestObserved:
         model, ids = make(), batch()
         compare(lambda: feed(model, SharingCache(), ids, 0, 6, 7, 8, 9, 10), 0)
 
-    def test_another_attention_implementation(self):
-        """Whose function M2PT has not extended yet."""
+    @torch.no_grad()
+    def test_a_bias_that_comes_later(self):
+        model, ids, cache = make(), batch(), DynamicCache()
+        feed(model, cache, ids, 0, 6, 7, 8, 9)
+        with pytest.raises(UnsupportedModelError, match="passes position_bias of shape"):
+            feed(model, cache, ids, 9, 10, position_bias=torch.zeros(2, 4, 1, 10))
+
+    @pytest.mark.parametrize("attn, num_later", [("eager", 3), ("flex_attention", 0)])
+    def test_another_attention_implementation(self, attn, num_later):
+        """Whose function M2PT has not extended yet, or which takes no prompts in front."""
         ids = batch()
         mask = torch.ones_like(ids)
         mask[1, :2] = 0
@@ -213,13 +282,14 @@ class TestObserved:
             cache, parts = DynamicCache(config=config_of(model)), []
             for start, stop in ((0, 6), *((start, start + 1) for start in range(6, 13))):
                 if start == 9:
-                    model.set_attn_implementation("eager")
+                    model.set_attn_implementation(attn)
                     AttentionInterface._global_mapping.pop("eager", None)
                 inputs = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
                 parts.append(outputs(model, input_ids=ids[:, start:stop], **inputs, **on_cache(model, cache)))
             return torch.cat(parts, dim=1)
 
-        compare(run, (2 + 1 + 3) * LAYERS)
+        # One is tried with the implementation before.
+        compare(run, (2 + 1 + num_later) * LAYERS)
 
 
 MOVES = {
@@ -523,6 +593,10 @@ class TestConditions:
             actual = run()
             with recomputed():
                 torch.testing.assert_close(actual, run(), atol=0.1, rtol=0.05)
+            with counted() as calls:
+                run()
+        # Each change makes the cache keep other prompts, which are observed anew.
+        assert len(calls) == 2 * LAYERS
 
     def test_dtype(self):
         ids = batch()
@@ -536,7 +610,7 @@ class TestConditions:
                 layer.keys, layer.values = layer.keys.double(), layer.values.double()
             return torch.cat([first.double(), feed(model, cache, ids, 8, 9, 10, 11)], dim=1)
 
-        compare(run)
+        compare(run, 2 * LAYERS)
 
     def test_inference_mode(self):
         model, ids = make(), batch()

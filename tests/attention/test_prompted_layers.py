@@ -4,6 +4,8 @@ import copy
 import pickle
 import subprocess
 import sys
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from helpers.decoding import batch, feed, filled
 from helpers.models import on_top_of, randomise
 from helpers.recomputed import recomputed
 from helpers.text_models import make, on_cache, outputs
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from peft_m2pt.attention.prompt_kv import PromptKV
+from peft_m2pt.attention.prompted_layers import join_prompts
 
 
 # How the keys in a cache are changed.
@@ -129,19 +134,6 @@ class TestErrors:
         assert lengths[0] == lengths[1]
 
 
-class Holding(DynamicCache):
-    """Holds on to keys that it returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.held = []
-
-    def update(self, *args, **kwargs):
-        keys, values = super().update(*args, **kwargs)
-        self.held.append(keys)
-        return keys, values
-
-
 class Rounding(DynamicLayer):
     """Keeps something else than what it is given."""
 
@@ -174,14 +166,20 @@ assert cache.layers[0].keys.shape[-2] == 6
 
 class TestOfOthers:
     @torch.no_grad()
-    def test_keys_that_a_cache_holds_on_to(self):
+    def test_keys_that_somebody_holds_on_to(self):
         """They are ordinary tensors."""
-        model, ids, cache = make(), batch(), Holding()
-        for start, stop in ((0, 6), (6, 7), (7, 8)):
-            model(input_ids=ids[:, start:stop], use_cache=True, **on_top_of(cache))
-        assert {type(keys) for keys in cache.held} == {torch.Tensor}
-        assert not any(hasattr(keys, "used_by") for keys in cache.held)
-        copy.deepcopy(cache)
+        model, ids, held = make(), batch(), []
+        update = DynamicCache.update
+
+        def holding(*args, **kwargs):
+            held.append(update(*args, **kwargs))
+            return held[-1]
+
+        with mock.patch.object(Cache, "update", holding):
+            feed(model, DynamicCache(), ids, 0, 6, 7, 8)
+        assert {type(keys) for pair in held for keys in pair} == {torch.Tensor}
+        assert not any(hasattr(keys, "used_by") for pair in held for keys in pair)
+        copy.deepcopy(held)
 
     @torch.no_grad()
     def test_layers_that_keep_something_else(self):
@@ -215,6 +213,14 @@ class TestCopies:
         torch.testing.assert_close(feed(model, twin, ids, 9, 10, 11), expected, atol=1e-5, rtol=0)
 
     @torch.no_grad()
+    def test_of_a_single_head_have_no_prompts(self):
+        layer, prompts = DynamicLayer(), PromptKV(*torch.randn(2, 1, 1, 3, 4))
+        layer.update(*torch.randn(2, 1, 1, 5, 4))
+        join_prompts(layer, prompts, *torch.randn(2, 1, 1, 1, 4))
+        keys = copy.deepcopy(layer).keys
+        assert torch.equal(keys, layer.keys) and keys.untyped_storage().nbytes() == keys.nbytes
+
+    @torch.no_grad()
     def test_files_have_no_keys_of_prompts(self):
         model, ids = make(), batch()
         assert b"PromptKV" not in pickle.dumps(filled(model, ids))
@@ -240,3 +246,14 @@ class TestMemory:
             held = [value for value in vars(layer).values() if torch.is_tensor(value)]
             assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)
             assert not any("joined" in name for name in vars(layer))
+
+    @torch.no_grad()
+    def test_former_keys_are_let_go_during_a_step(self):
+        model, ids = make(), batch()
+        cache = filled(model, ids)
+        former = weakref.ref(vars(cache.layers[0])["m2pt_joined"].keys)
+        alive = []
+        projection = model.get_base_model().model.layers[0].self_attn.o_proj
+        projection.register_forward_hook(lambda *args: alive.append(former() is not None))
+        feed(model, cache, ids, 9, 10)
+        assert alive == [False]
