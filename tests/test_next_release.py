@@ -234,7 +234,8 @@ def test_unknown_values_are_refused_before_anything_is_computed(attention, optio
 @torch.no_grad()
 def test_unknown_values_are_refused_while_decoding():
     layer = type("Layer", (NewLayer,), {})
-    model, cache = adapt_text(make_model(Annotated, layer)), DynamicCache()
+    model = adapt_text(make_model(Annotated, layer))
+    cache = DynamicCache(config=model.get_base_model().config)
     for start, stop in ((0, 4), (4, 5), (5, 6)):
         model(input_ids=INPUT_IDS[:, start:stop], past_key_values=cache)
     layer.options = {"temperature": 2.0}

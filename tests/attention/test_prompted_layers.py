@@ -104,6 +104,19 @@ class Interrupted(Exception):
     """What a hook raises."""
 
 
+@torch.no_grad()
+def test_other_prompts_take_the_place_of_those_before():
+    layer, tokens = DynamicLayer(), torch.randn(2, 2, 2, 5, 4)
+    layer.update(*tokens[:, :, :, :3])
+    for index in (3, 4):
+        prompts = PromptKV(*torch.randn(2, 1, 2, 3, 4))
+        joined = join_prompts(layer, prompts, *tokens[:, :, :, index : index + 1])
+        for actual, of_prompts, of_tokens in zip(joined, (prompts.key, prompts.value), tokens):
+            assert torch.equal(
+                actual, torch.cat([of_prompts.expand(2, -1, -1, -1), of_tokens[:, :, : index + 1]], dim=2)
+            )
+
+
 class TestErrors:
     @pytest.mark.parametrize("part", ["k_proj", "o_proj"])
     @torch.no_grad()
