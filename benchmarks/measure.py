@@ -7,12 +7,14 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from .models import Llava
@@ -57,7 +59,7 @@ def synchronise(device: str) -> None:
 
 
 class Stopwatch(BaseStreamer):
-    """Takes down when `generate` hands over each token."""
+    """Records when `generate` hands over each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -69,14 +71,29 @@ class Stopwatch(BaseStreamer):
         pass
 
 
-def decoding_seconds(model: nn.Module, inputs: dict[str, torch.Tensor], num_tokens: int) -> float:
-    """Seconds for a token behind the first (median), with `generate`: greedy, with a dynamic cache, one sample."""
-    inputs = {name: value[: len(value) // len(inputs["input_ids"])] for name, value in without_labels(inputs).items()}
+# What compiles decoding.
+BACKEND = "inductor"
+
+
+def decoding_seconds(
+    model: nn.Module, inputs: dict[str, torch.Tensor], num_tokens: int, num_samples: int = 1, **options: Any
+) -> float:
+    """Seconds for a token behind the first (median), with `generate`: greedy, by default with a dynamic cache."""
+    size = len(inputs["input_ids"])
+    inputs = {name: value[: num_samples * len(value) // size] for name, value in without_labels(inputs).items()}
     stopwatch = Stopwatch()
     number = {"min_new_tokens": num_tokens + 1, "max_new_tokens": num_tokens + 1}
-    model.generate(**inputs, **number, do_sample=False, streamer=stopwatch)
+    model.generate(**inputs, **number, do_sample=False, streamer=stopwatch, **options)
     # The first entry is the prompt, the second the token that comes from the forward pass on it.
     return median(after - before for before, after in pairwise(stopwatch.times[1:]))
+
+
+def compiled_decoding_seconds(model: nn.Module, inputs: dict[str, torch.Tensor], num_tokens: int) -> float:
+    """As `decoding_seconds`, but compiled, with a static cache."""
+    config = CompileConfig(backend=BACKEND)
+    # On GPUs alone by default.
+    config._compile_all_devices = True
+    return decoding_seconds(model, inputs, num_tokens, cache_implementation="static", compile_config=config)
 
 
 def peak_bytes(function: Callable[[], None], device: str) -> int:

@@ -213,6 +213,27 @@ DIMS = {
         num_text_tokens=128,
     ),
 }
+# Small operations and Python take most of a step, as they do in larger models where a GPU waits for them.
+DIMS["launch-bound"] = Llava(
+    vision={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    },
+    text={
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+    },
+    batch_size=4,
+    num_text_tokens=16,
+)
 # The same at the resolution of the paper, where an image has 256 tokens.
 DIMS["medium-224"] = replace(DIMS["medium"], vision={**DIMS["medium"].vision, "image_size": 224})
 
@@ -255,6 +276,15 @@ def make_inputs(
     return {
         name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in inputs.items()
     }
+
+
+def pad(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same batch, in which each sample begins one token later than the one before, behind padding on the left."""
+    num_samples = len(inputs["input_ids"])
+    ids, mask = (torch.nn.functional.pad(inputs[name], (num_samples, 0)) for name in ("input_ids", "attention_mask"))
+    for i in range(num_samples):
+        ids[i, i:num_samples], mask[i, i:num_samples] = ids[i, num_samples], 1
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
 
 
 def make_hollow_model(dims: Llava | QwenVL) -> PreTrainedModel:

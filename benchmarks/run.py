@@ -13,8 +13,17 @@ import torch
 from transformers import PreTrainedModel
 
 from . import measure
-from .methods import Method, all_methods, copy_sharing_weights, growing_methods, lora, m2pt, prompts_only
-from .models import DIMS, Llava, QwenVL, make_hollow_model, make_inputs, make_model
+from .methods import (
+    Method,
+    all_methods,
+    base_model,
+    copy_sharing_weights,
+    growing_methods,
+    lora,
+    m2pt,
+    prompts_only,
+)
+from .models import DIMS, Llava, QwenVL, make_hollow_model, make_inputs, make_model, pad
 
 
 NUM_DECODED = 32
@@ -80,6 +89,7 @@ def run(dims_name: str, device: str, repeats: int, loaded_dims: list[str]) -> di
             measure_growth(dims, base, batch_size, factor * dims.num_text_tokens, repeats)
             for batch_size, factor in GROWTH
         ],
+        "launch_bound": measure_launch_bound(device, dtype, repeats),
         "loading": {name: measure_loading(DIMS[name], name, repeats) for name in loaded_dims},
     }
 
@@ -111,6 +121,11 @@ def measure_methods(dims: Llava | QwenVL, base: PreTrainedModel, repeats: int) -
         "decode": {
             name: lambda name=name, model=model: measure.decoding_seconds(model, inputs[name], NUM_DECODED)
             for name, model in models.items()
+        },
+        # Of few methods, since torch compiles the code of a model for a limited number of variants.
+        "decode_compiled": {
+            name: lambda name=name: measure.compiled_decoding_seconds(models[name], inputs[name], NUM_DECODED)
+            for name in (method.name for method in (base_model(), lora(dims), m2pt(20, 10)))
         },
     }
     for quantity, calls in timed.items():
@@ -148,6 +163,31 @@ def measure_growth(
         name: {"train": times[name], "peak_bytes": measure.peak_bytes(step, device)} for name, step in steps.items()
     }
     return {"batch_size": batch_size, "length": length, "methods": methods}
+
+
+def measure_launch_bound(device: str, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Decoding where small operations and Python take most of a step: one sample, and a padded batch of four."""
+    dims = DIMS["launch-bound"]
+    say(f"decoding with {dims.text['num_hidden_layers']} narrow layers")
+    base = make_model(dims, device, dtype)
+    inputs = pad(make_inputs(dims, device=device, dtype=dtype))
+    models = {method.name: method.apply(base) for method in (base_model(), lora(dims), m2pt(20, 10))}
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = {
+            quantity: interleaved(
+                {
+                    name: lambda model=model: measure.decoding_seconds(model, inputs, NUM_DECODED, num_samples)
+                    for name, model in models.items()
+                },
+                repeats,
+            )
+            for quantity, num_samples in (("decode", 1), ("decode_padded", dims.batch_size))
+        }
+    finally:
+        torch.set_num_threads(num_threads)
+    return {name: {quantity: of_methods[name] for quantity, of_methods in times.items()} for name in models}
 
 
 def measure_loading(dims: Llava | QwenVL, dims_name: str, repeats: int) -> dict[str, dict[str, Any]]:

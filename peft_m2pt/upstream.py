@@ -6,6 +6,7 @@ If a release changes any of it, `tests/test_upstream_ground.py` fails and says w
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -17,8 +18,8 @@ import transformers.integrations.peft
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from packaging.version import Version
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -81,6 +82,41 @@ def chunk_length(config: PretrainedConfig) -> int | None:
     return config.attention_chunk_size if has_chunks else None
 
 
+# Layers of caches that join the keys and values that they have with new ones.
+JOINING = (DynamicLayer, DynamicSlidingWindowLayer)
+
+# Their methods `update` that call a function first.
+_intercepting: set[Callable] = set()
+
+
+def intercept_updates(intercept: Callable[[Callable], Callable]) -> None:
+    """
+    Replaces the method `update` of layers of dynamic caches, if it is that of transformers.
+
+    Args:
+        intercept (`Callable`):
+            Makes the method that takes the place of one.
+    """
+    for layer_class in JOINING:
+        method = vars(layer_class)["update"]
+        if method not in _intercepting and getattr(method, "__globals__", None) is vars(cache_utils):
+            layer_class.update = functools.wraps(method)(intercept(method))
+            _intercepting.add(layer_class.update)
+
+
+def layer_in_cache(cache: Any, index: int) -> Any:
+    """A layer of a cache. `None` if it is not there (yet)."""
+    layers = getattr(cache, "layers", ())
+    return layers[index] if index < len(layers) else None
+
+
+def updates_layers(cache: Any) -> bool:
+    """Whether `update` of a cache does nothing but call that of a layer."""
+    # Offloaded caches change places behind each call.
+    is_own = type(cache).update is Cache.update and "update" not in vars(cache)
+    return is_own and not getattr(cache, "offloading", False)
+
+
 def is_known_to_be_empty(cache: Any, layer: int) -> bool:
     """
     Whether a layer of a dynamic cache has no tokens, as after its own method `reset`. To find that out of a static one
@@ -93,6 +129,27 @@ def is_known_to_be_empty(cache: Any, layer: int) -> bool:
     if layer >= len(layers):
         return True
     return isinstance(layers[layer], DynamicLayer) and layers[layer].get_seq_length() == 0
+
+
+def joins_tokens(layer: Any) -> bool:
+    """
+    Whether a layer of a cache has tokens, and `update` joins their keys and values with new ones, if its class has the
+    methods and attributes of transformers.
+    """
+    return (
+        type(layer).update in _intercepting
+        and layer.is_initialized
+        and layer.keys.dim() == 4
+        and layer.keys.size(-2) > 0
+        and not getattr(layer, "record_past", False)
+    )
+
+
+def count_token(layer: Any, num_tokens: int) -> int:
+    """Counts a new token as `update` of a layer with a sliding window does. Returns how many of all it drops."""
+    layer.cumulative_length += 1
+    # As transformers slices: a window of 1 keeps all.
+    return max(num_tokens - layer.sliding_window + 1, 0) if layer.sliding_window > 1 else 0
 
 
 def has_known_continuous_batching() -> bool:

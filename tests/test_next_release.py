@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.models import VOCAB_SIZE, adapt, trained_by
 from torch import nn
-from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -19,8 +19,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.deprecation import deprecate_kwarg
 
-from peft_m2pt import UnsupportedModelError
-from peft_m2pt.adapted import layer_of
+from peft_m2pt import M2PTAttention, UnsupportedModelError
 from peft_m2pt.anatomy.arguments import Role, read_signature
 
 
@@ -176,15 +175,16 @@ class TestStillWorks:
             assert torch.equal(parameter.grad, of_llama[name].grad)
 
     @torch.no_grad()
-    def test_generation(self, attention, layer, attn):
+    def test_generation(self, attention, layer, attn, monkeypatch):
         model, expected = adapt_text(make_model(attention, layer, attn)), adapt_text(make_model(attn=attn))
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 2, "use_cache": True}
         options |= {"output_scores": True, "return_dict_in_generate": True}
+        records, record = [], M2PTAttention._record
+        monkeypatch.setattr(M2PTAttention, "_record", lambda self, *args: records.append(self) or record(self, *args))
         outputs = [tuned.generate(**INPUTS, **options) for tuned in (model, expected)]
         assert torch.equal(*(output.sequences for output in outputs))
-        assert torch.equal(*(output.sequences_scores for output in outputs))
-        kept = layer_of(model.get_base_model().model.layers[0].self_attn)._cached
-        assert kept is not None, "the cache was not found, so rows were computed anew for every token"
+        torch.testing.assert_close(*(output.sequences_scores for output in outputs), atol=1e-6, rtol=1e-6)
+        assert len(records) == len(set(records)), "the cache was not found, so rows were computed anew for every token"
 
 
 @pytest.mark.parametrize("attention", [Annotated, Bare, Renamed, RenamedBare])
@@ -229,3 +229,16 @@ def test_unknown_values_are_refused_before_anything_is_computed(attention, optio
     assert not calls
     with model.disable_adapter():
         model(**INPUTS)
+
+
+@torch.no_grad()
+def test_unknown_values_are_refused_while_decoding():
+    layer = type("Layer", (NewLayer,), {})
+    model = adapt_text(make_model(Annotated, layer))
+    cache = DynamicCache(config=model.get_base_model().config)
+    for start, stop in ((0, 4), (4, 5), (5, 6)):
+        model(input_ids=INPUT_IDS[:, start:stop], past_key_values=cache)
+    layer.options = {"temperature": 2.0}
+    with pytest.raises(UnsupportedModelError, match=r"was called with temperature=2\.0"):
+        model(input_ids=INPUT_IDS[:, 6:], past_key_values=cache)
+    assert cache.get_seq_length() == 6

@@ -33,6 +33,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
@@ -47,6 +48,9 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from peft_m2pt import M2PTConfig, upstream
 from peft_m2pt.attention.cached_first_tokens import UPDATES
+from peft_m2pt.attention.interface import intercept_update
+from peft_m2pt.attention.prompt_kv import PromptKV
+from peft_m2pt.attention.prompted_layers import JOINED, can_have_prompts, join_prompts
 
 
 class TestTransformers:
@@ -256,6 +260,39 @@ class TestContinuousBatching:
         # Texts are sorted, the last one first.
         assert told == [([0, 2, 5], [0, 0], [[0, 1, 0, 1, 2]]), ([0, 1, 2], [2, 3], [[2, 3]])]
         assert keys == [(5, [0, 2, 5], 3), (7, [0, 3, 7], 4)], "functions are told other lengths"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_layers_of_dynamic_caches_keep(window):
+    """With something in front of what `update` returns, a layer has to keep what it keeps without."""
+
+    def make_layer():
+        return DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+
+    upstream.intercept_updates(intercept_update)
+    layer, expected = make_layer(), make_layer()
+    prompts = PromptKV(*torch.randn(2, 1, 3, 2, 4))
+    assert not can_have_prompts(layer), "layers are initialized when they are made"
+    for of_layer in (layer, expected):
+        torch.manual_seed(0)
+        of_layer.update(*torch.randn(2, 2, 3, 3, 4))
+    for step in range(6):
+        assert can_have_prompts(layer)
+        new = torch.randn(2, 2, 3, 1, 4)
+        if step == 3:
+            before = vars(layer).copy()
+            join_prompts(layer, prompts, *new)
+            layer.__dict__ = before
+            assert layer.get_seq_length() == expected.get_seq_length(), "a layer counts its tokens in another way"
+        joined, returned = join_prompts(layer, prompts, *new), expected.update(*new)
+        for tensor, other, rows in zip(joined, returned, (prompts.key, prompts.value)):
+            assert torch.equal(tensor[:, :, 2:], other), "update returns something else"
+            assert torch.equal(tensor[:, :, :2], rows.expand(2, -1, -1, -1))
+        kept = (layer.keys, layer.values)
+        assert all(map(torch.equal, kept, (expected.keys, expected.values))), "update keeps something else"
+        assert layer.get_seq_length() == expected.get_seq_length()
+        assert layer.get_mask_sizes(1) == expected.get_mask_sizes(1)
+        assert vars(layer).keys() - {JOINED} == vars(expected).keys(), "update sets further attributes"
 
 
 def make_llama():

@@ -144,12 +144,16 @@ class Signature:
             The named ones without a known role.
         renamed_arguments (`dict[str, str]`):
             The present names of deprecated arguments, which callers may still use.
+        input_names (`tuple[str, ...]`), cache_names (`tuple[str, ...]`):
+            The names under which callers may pass the hidden states and a cache.
     """
 
     arguments: tuple[Argument, ...]
     roles: dict[str, Role]
     unknown: tuple[Argument, ...]
     renamed_arguments: dict[str, str]
+    input_names: tuple[str, ...]
+    cache_names: tuple[str, ...]
 
     @property
     def input_name(self) -> str:
@@ -174,6 +178,27 @@ class Signature:
                 return value
         return None
 
+    def find_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hidden states in the arguments of a call."""
+        if args:
+            return args[0]
+        # Hot path: once per layer and token.
+        for name in self.input_names:
+            if name in kwargs:
+                return kwargs[name]
+        raise TypeError(f"There are no hidden states among {list(kwargs)}.")
+
+    def find_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The cache for self-attention in the arguments of a call. `None` if there is none."""
+        # Hot path: once per layer and token.
+        for name in self.cache_names:
+            if (cache := kwargs.get(name)) is not None:
+                break
+        else:
+            cache = self.find(Role.CACHE, self.bind(args, {})) if len(args) > 1 else None
+        # That of an encoder-decoder holds one.
+        return getattr(cache, "self_attention_cache", cache)
+
 
 @cache
 def read_signature(module_class: type) -> Signature:
@@ -193,7 +218,12 @@ def read_signature(module_class: type) -> Signature:
         arguments.append(Argument(parameter.name, role, parameter.default))
     roles = {**NAMES, **{argument.name: argument.role for argument in arguments if argument.role is not None}}
     unknown = tuple(argument for argument in arguments if argument.role is None)
-    return Signature(tuple(arguments), roles, unknown, renamed_arguments(module_class.forward))
+    renamed = renamed_arguments(module_class.forward)
+    names = [
+        tuple(name for name in (*roles, *renamed) if roles.get(renamed.get(name, name)) is role)
+        for role in (Role.INPUT, Role.CACHE)
+    ]
+    return Signature(tuple(arguments), roles, unknown, renamed, *(tuple(dict.fromkeys(some)) for some in names))
 
 
 def check_signature(attention: nn.Module, path: str, remedy: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import Cache
 
 from ..upstream import is_known_to_be_empty
+from .cached_prompts import forget_prompts, keeps_prompts
 from .first_tokens import FirstTokens
 
 
@@ -63,14 +64,24 @@ def cached_first_tokens(cache: Any) -> dict[int, CachedFirstTokens]:
     """The first tokens in a cache, by layer."""
     # That of an encoder-decoder holds one for self-attention.
     cache = getattr(cache, "self_attention_cache", cache)
-    if not hasattr(cache, ATTRIBUTE):
-        setattr(cache, ATTRIBUTE, {})
-    return getattr(cache, ATTRIBUTE)
+    by_layer = getattr(cache, ATTRIBUTE, None)
+    if by_layer is None:
+        by_layer = {}
+        setattr(cache, ATTRIBUTE, by_layer)
+    return by_layer
 
 
 def first_tokens_of_layer(cache: Any, layer: int) -> CachedFirstTokens | None:
     """The first tokens that a layer has in a cache. `None` if they are not known, or if it has been emptied."""
     return None if is_known_to_be_empty(cache, layer) else cached_first_tokens(cache).get(layer)
+
+
+def first_tokens_in_cache(cache: Any, layer: int) -> FirstTokens | None:
+    """The first tokens that a layer has in a cache for self-attention that has not been emptied."""
+    # Hot path: once per layer and token.
+    by_layer = getattr(cache, ATTRIBUTE, None)
+    cached = None if by_layer is None else by_layer.get(layer)
+    return None if cached is None else cached.first_tokens
 
 
 def patch_cache_methods(cache_class: type[Cache] = Cache) -> None:
@@ -93,6 +104,8 @@ def _patched(method: Callable, update: Callable[..., CachedFirstTokens | None]) 
     def patched(cache: Cache, *args: Any, **kwargs: Any) -> Any:
         by_layer = getattr(cache, ATTRIBUTE, None)
         result = method(cache, *args, **kwargs)
+        if update is _crop and keeps_prompts(cache) and int(cache.get_seq_length()) == 0:
+            forget_prompts(cache)
         # Already updated if the method has called the one that it overrides.
         if by_layer and getattr(cache, ATTRIBUTE) is by_layer:
             # Layers that share a value still do.

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..per_thread import PerThread
+from .module_call import layer_index
 from .prompt_kv import PromptKV
 
 
@@ -16,7 +18,10 @@ def attend_masked(
     attend: Callable, module: nn.Module, prompts: PromptKV, query, key, value, attention_mask, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends with prompts in front of key and value. Without a mask, every query sees every key."""
-    attention_mask = _mask_with_prompts(prompts, query, key, attention_mask)
+    if prompts.is_in_front:
+        attention_mask = mask_of_step(layer_index(module), prompts, query, key, attention_mask)
+    else:
+        attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
     key, value = prompts.prepend_to(key, value)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -36,7 +41,7 @@ def attend_sdpa(
     """Attends with prompts in front of key and value, by torch's `scaled_dot_product_attention` or its equation."""
     is_plain = not kwargs.get("dropout") and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
     if query.shape[2] == 1 and attend is sdpa_attention_forward and is_plain:
-        attention_mask = _mask_with_prompts(prompts, query, key, attention_mask)
+        attention_mask = mask_with_prompts(prompts, query, key, attention_mask)
         return _attend_one_query(prompts, query, key, value, attention_mask, kwargs.get("scaling")), None
     if attention_mask is not None or query.shape[2] == 1 or not is_causal(module, kwargs):
         return attend_masked(attend, module, prompts, query, key, value, attention_mask, **kwargs)
@@ -88,15 +93,38 @@ def _attend_one_query(
     return output.view(batch_size, 1, num_heads, -1)
 
 
-def _mask_with_prompts(
+def mask_with_prompts(
     prompts: PromptKV, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The mask for keys behind prompts. `None` if every query sees every key."""
+    num_tokens = prompts.count_tokens(key)
     if attention_mask is None:
         if prompts.visible is None:
             return None
-        attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-    return widen_mask(attention_mask, len(prompts), key.shape[2], prompts.visible)
+        attention_mask = query.new_zeros(1, 1, query.shape[2], num_tokens)
+    return widen_mask(attention_mask, len(prompts), num_tokens, prompts.visible)
+
+
+# The index of the layer that attended last, and the masks of this forward pass with what was made of them.
+_masks = PerThread()
+
+
+def mask_of_step(
+    layer: int, prompts: PromptKV, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """As `mask_with_prompts`, but made once for all layers of a forward pass, which are called in their order."""
+    last, masks = _masks.value or (layer, [])
+    masks = masks if layer > last else []
+    _masks.value = layer, masks
+    if attention_mask is None or prompts.visible is not None or attention_mask.is_inference():
+        return mask_with_prompts(prompts, query, key, attention_mask)
+    sizes = attention_mask._version, len(prompts), key.shape[2]
+    for mask, sizes_then, widened in masks:
+        if mask is attention_mask and sizes_then == sizes:
+            return widened
+    widened = mask_with_prompts(prompts, query, key, attention_mask)
+    masks.append((attention_mask, sizes, widened))
+    return widened
 
 
 def is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -20,9 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..anatomy.arguments import Role, Signature
 from ..errors import UnsupportedModelError
 from ..upstream import local_reach
-from .cached_first_tokens import CachedFirstTokens, cached_first_tokens, first_tokens_of_layer
+from .cached_first_tokens import CachedFirstTokens, cached_first_tokens
 from .first_tokens import FirstTokens, Positions, align, deduplicate, differ_from_first, map_positions, sample_axis
-from .module_call import ModuleCall, layer_index
+from .module_call import ModuleCall
 from .packed_sequences import check_packing
 from .visibility import Visibility
 
@@ -63,12 +63,6 @@ def given_positions(signature: Signature, arguments: dict[str, Any]) -> Position
     }
 
 
-def first_tokens_in_cache(attention: nn.Module, cache: Any) -> FirstTokens | None:
-    """The first tokens that a module has in a cache. `None` if they are not known."""
-    cached = first_tokens_of_layer(cache, layer_index(attention))
-    return None if cached is None else cached.first_tokens
-
-
 def cache_first_tokens(
     attention: nn.Module, path: str, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -76,7 +70,7 @@ def cache_first_tokens(
     Keeps the first tokens that a module without prompts puts into a cache, for prompts that are used on top of it
     later. A single token is skipped: decoding goes on from earlier ones.
     """
-    tokens = args[0] if args else kwargs[signature.input_name]
+    tokens = signature.find_input(args, kwargs)
     if tokens.shape[-2] == 1 or torch.compiler.is_compiling():
         return
     arguments = signature.bind(args, kwargs)

@@ -47,7 +47,7 @@ def attend_flash(
         packing = find_packing(len(query), query.shape[2], kwargs)
         # `packing` replaces position ids, which would not fit the longer keys.
         kwargs = {**kwargs, **dict.fromkeys(PACKING_ARGUMENTS), **packing, "position_ids": None}
-    else:
+    elif not prompts.is_in_front:
         # The rest is the empty part of a static cache, which transformers crops in the same way.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     boundaries, max_length = packing.get("cu_seq_lens_k"), packing.get("max_length_k", key.shape[2])
@@ -60,7 +60,7 @@ def attend_flash(
         kwargs |= {"cu_seq_lens_k": boundaries, "max_length_k": max_length + num_prompts}
         return attend(module, query, key, value, None, **kwargs)
     if attention_mask is None and prompts.visible is not None:
-        attention_mask = key.new_ones(key.shape[0], key.shape[2], dtype=torch.long)
+        attention_mask = key.new_ones(key.shape[0], prompts.count_tokens(key), dtype=torch.long)
     if attention_mask is not None:
         visible = attention_mask.new_ones(len(attention_mask), len(prompts))
         visible = visible if prompts.visible is None else prompts.visible[:, 0]

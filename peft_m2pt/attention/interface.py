@@ -15,8 +15,9 @@ no sequence gets longer: each self-attention gets n more keys and values, and th
    `flash.py` or `flex.py` put the prompts in front of key and value, and widen the mask.
 
 Lifetimes: a `PromptKV` is made anew in each call of a layer, so gradient checkpointing recomputes it. Without
-gradients, the layer keeps it for the next token of the same cache, until a weight that it comes from changes. First
-tokens are found once in a forward pass, for all layers; those in a cache are kept with it (`cached_first_tokens.py`).
+gradients, the cache keeps it for its next token, which finds it in front of the tokens in the cache where that is safe
+(`cached_prompts.py`). First tokens are found once in a forward pass, for all layers; those in a cache are kept with it
+(`cached_first_tokens.py`).
 
 Threads: what the attention function is to do is one value per thread, set around the calls of the module.
 
@@ -39,11 +40,14 @@ from ..anatomy.attention_calls import find_attention_call
 from ..errors import UnsupportedModelError
 from ..per_thread import PerThread
 from ..upstream import PAGED_EAGER, attention_implementation
-from .eager_sdpa import attend_eager, attend_sdpa
+from .cached_prompts import InFront, Watch
+from .eager_sdpa import attend_eager, attend_sdpa, mask_of_step
 from .flash import attend_flash
 from .flex import attend_flex
+from .module_call import layer_index
 from .paged import attend_paged
 from .prompt_kv import PromptKV
+from .prompted_layers import can_have_prompts, join_prompts, undo_join
 
 
 # How prompts get into each implementation.
@@ -61,7 +65,15 @@ class _Recorded(Exception):
     """Ends the pass of a module on prompts, whose output is not needed."""
 
 
-class _Recorder:
+class _Task:
+    """What the attention function, and `update` of a cache, are to do for a module that is being called."""
+
+    def update(self, method: Callable, layer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer of a cache does with new keys and values, and returns to the module."""
+        return method(layer, *args, **kwargs)
+
+
+class _Recorder(_Task):
     """Takes the key and value that a module passes to its attention function, in one of its calls of it."""
 
     def __init__(self, module: nn.Module, path: str, masks: list[torch.Tensor], call: int) -> None:
@@ -72,7 +84,7 @@ class _Recorder:
         self.prompts: PromptKV | None = None
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
-        _refuse_biases(self.module, self.path, key, kwargs)
+        _refuse_biases(self.module, self.path, key.shape[2], kwargs)
         self._check_mask(attention_mask)
         if self.calls_left > 0:
             self.calls_left -= 1
@@ -103,11 +115,10 @@ UNBIASED = {
 }
 
 
-def _refuse_biases(module: nn.Module, path: str, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+def _refuse_biases(module: nn.Module, path: str, num_keys: int, kwargs: dict[str, Any]) -> None:
     """Refuses what a module passes to its attention function with one number per key, which prompts do not have."""
-    num_keys = key.shape[2]
     for name, value in kwargs.items():
-        if name in UNBIASED or not isinstance(value, torch.Tensor) or value.dim() == 0:
+        if not isinstance(value, torch.Tensor) or name in UNBIASED or value.dim() == 0:
             continue
         is_per_key = value.is_floating_point() and num_keys > 1 and value.shape[-1] == num_keys
         if is_per_key or name == "position_bias":
@@ -121,7 +132,7 @@ def _biased(module: nn.Module, path: str, what: str) -> UnsupportedModelError:
     )
 
 
-class _Attender:
+class _Attender(_Task):
     """
     Puts prompts in front of the key and value that a module passes to its attention function.
 
@@ -145,7 +156,7 @@ class _Attender:
         self.num_calls = 0
 
     def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
-        _refuse_biases(self.module, self.path, key, kwargs)
+        _refuse_biases(self.module, self.path, key.shape[2], kwargs)
         prompts = self.prompts
         if not isinstance(prompts, PromptKV) and kwargs.get("cu_seq_lens_k") is None:
             prompts = prompts[self.num_calls]
@@ -156,6 +167,97 @@ class _Attender:
             return attend(self.module, query, key, value, attention_mask, **kwargs)
         if self.is_paged:
             extension = partial(attend_paged, extension)
+        return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
+
+
+class NotInFront(Exception):
+    """Ends a call of a module that uses its cache in another way than was observed."""
+
+
+class _Observer(_Attender):
+    """Attends as before, and observes whether prompts may stand in front of the tokens in a layer of a cache."""
+
+    def __init__(self, layer: Any, *args: Any) -> None:
+        super().__init__(*args)
+        self.layer = layer
+        self.watches: list[Watch] = []
+        self.arrived = False
+
+    def update(self, method: Callable, layer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        returned = method(layer, *args, **kwargs)
+        # A tensor of a class of its own cannot be watched.
+        can_be_watched = all(type(tensor) is torch.Tensor for tensor in returned)
+        if layer is not self.layer or not can_have_prompts(layer) or not can_be_watched:
+            return returned
+        watches = [Watch(tensor) for tensor in returned]
+        self.watches += watches
+        return tuple(watch.hand_over() for watch in watches)
+
+    def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
+        watches = self.watches
+        if len(watches) == 2 and watches[0].is_seen_in(key) and watches[1].is_seen_in(value):
+            self.arrived = _may_be_in_front(extension, kwargs)
+        plain = {id(watch.reference()): watch.tensor for watch in watches}
+        key, value = plain.get(id(key), key), plain.get(id(value), value)
+        return super().__call__(extension, attend, query, key, value, attention_mask, **kwargs)
+
+    def end(self) -> bool:
+        """Ends the observation. Returns whether it is safe."""
+        are_let_go = [watch.end() for watch in self.watches]
+        return all(are_let_go) and self.arrived and self.num_calls == 1
+
+
+def _may_be_in_front(extension: Callable, kwargs: dict[str, Any]) -> bool:
+    """Whether an attention implementation takes keys with prompts in front of them."""
+    if extension is attend_sdpa or extension is attend_eager:
+        return True
+    return extension is attend_flash and kwargs.get("sliding_window") is None and kwargs.get("cu_seq_lens_k") is None
+
+
+class _InFrontAttender(_Task):
+    """Attends to prompts in front of the tokens in a cache, as the module does without them."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    num_calls = 0
+
+    def __init__(self, module: nn.Module, path: str, prompts: PromptKV, layer: Any) -> None:
+        self.module = module
+        self.path = path
+        self.prompts = prompts
+        self.layer = layer
+
+    def update(self, method: Callable, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):
+        if layer is not self.layer:
+            # Of another model, which is called by a hook.
+            return method(layer, key, value, *args, **kwargs)
+        joined = join_prompts(layer, self.prompts, key, value) if self.keys is None else None
+        if joined is None:
+            raise NotInFront
+        self.keys, self.values = joined
+        return joined
+
+    def __call__(self, extension: Callable, attend: Callable, query, key, value, attention_mask, **kwargs):
+        prompts = self.prompts
+        if self.num_calls > 0:
+            raise NotInFront
+        if self.keys is None:
+            # In a graph, or by another `update`, the layer has joined tokens alone.
+            prompts = PromptKV(prompts.key, prompts.value, prompts.visible)
+        elif key is not self.keys or value is not self.values:
+            raise NotInFront
+        elif not (extension is attend_sdpa or _may_be_in_front(extension, kwargs)):
+            raise NotInFront
+        self.num_calls = 1
+        for name, argument in kwargs.items():
+            if isinstance(argument, torch.Tensor) and name not in UNBIASED:
+                _refuse_biases(self.module, self.path, prompts.count_tokens(key), kwargs)
+                break
+        if extension is attend_sdpa and prompts.is_in_front:
+            # All that is left to do for one query.
+            if attention_mask is not None or prompts.visible is not None:
+                attention_mask = mask_of_step(layer_index(self.module), prompts, query, key, attention_mask)
+            return attend(self.module, query, key, value, attention_mask, **kwargs)
         return extension(attend, self.module, prompts, query, key, value, attention_mask, **kwargs)
 
 
@@ -185,6 +287,20 @@ class PromptAttention:
         if task is None or task.module is not module:
             return attend(module, query, key, value, attention_mask, **kwargs)
         return task(self.extension, attend, query, key, value, attention_mask, **kwargs)
+
+
+def intercept_update(method: Callable) -> Callable:
+    """Makes what takes the place of the method `update` of layers of caches, see `intercept_updates`."""
+
+    def update(
+        layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        task = _task.value
+        if task is None or torch.compiler.is_dynamo_compiling():
+            return method(layer, key_states, value_states, *args, **kwargs)
+        return task.update(method, layer, key_states, value_states, *args, **kwargs)
+
+    return update
 
 
 def _own_eager_attention(module_class: type) -> Callable:
@@ -305,6 +421,8 @@ def attend_with_prompts(
     record: Callable[[int], PromptKV] | None,
     call: Callable[[], Any],
     is_paged: bool = False,
+    in_front: InFront | None = None,
+    layer: Any = None,
 ) -> Any:
     """
     Calls an attention module, which attends to prompts besides its own tokens.
@@ -322,6 +440,10 @@ def attend_with_prompts(
             Calls the module on its tokens.
         is_paged (`bool`, defaults to `False`):
             Whether it does so with a paged cache.
+        in_front ([`~peft_m2pt.attention.cached_prompts.InFront`], *optional*):
+            Gets to know whether it can put the prompts in front of the tokens in the cache of the module.
+        layer (`CacheLayerMixin`, *optional*):
+            The layer of the cache in which that is observed.
 
     Returns:
         `Any`: What the module returns.
@@ -329,11 +451,80 @@ def attend_with_prompts(
     Raises:
         UnsupportedModelError: If the attention function was not called, or adds a bias to scores.
     """
-    attender = _Attender(module, path, prompts, record, is_paged)
-    output = _run(attender, call)
+    is_observed = in_front is not None and in_front.is_safe is None
+    of_call = module, path, prompts, record, is_paged
+    attender = _Observer(layer, *of_call) if is_observed else _Attender(*of_call)
+    try:
+        output = _run(attender, call)
+    finally:
+        is_safe = is_observed and attender.end()
+    if attender.num_calls == 0:
+        raise _bypassed(module, path)
+    if is_observed:
+        in_front.is_safe = is_safe
+    return output
+
+
+def attend_in_front(
+    module: nn.Module,
+    path: str,
+    prompts: PromptKV,
+    layer: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """
+    Calls an attention module for one token, with prompts in front of the tokens in its cache.
+
+    Args:
+        module (`nn.Module`):
+            The attention module.
+        path (`str`):
+            Its module path, for error messages.
+        prompts ([`~peft_m2pt.attention.prompt_kv.PromptKV`]):
+            Its prompts.
+        layer (`CacheLayerMixin`):
+            Its layer of the cache.
+        args (`tuple[Any, ...]`), kwargs (`dict[str, Any]`):
+            The arguments of the call.
+
+    Returns:
+        `Any`: What the module returns.
+
+    Raises:
+        NotInFront: If the module uses its cache in another way than was observed. The cache is as before.
+        UnsupportedModelError: If it adds a bias to scores.
+    """
+    attender = _InFrontAttender(module, path, prompts, layer)
+    task, _task.value = _task.value, attender
+    try:
+        output = module.call_without_adapters(*args, **kwargs)
+        if attender.num_calls == 0 and attender.keys is not None:
+            raise NotInFront
+    except Exception as error:
+        # An attention function that is not extended yet gets keys that do not fit its mask.
+        is_unseen = attender.num_calls == 0 and attender.keys is not None and not _is_extended(module)
+        if not is_unseen and not isinstance(error, NotInFront):
+            raise
+        if attender.keys is not None:
+            undo_join(layer, prompts, attender.keys, attender.values)
+        elif attender.num_calls > 0:
+            raise UnsupportedModelError(
+                f"The attention '{path}' ({type(module).__name__}) calls its attention function more often than for "
+                f"the token before, so M2PT does not know which prompts belong there. Begin with a new cache, or "
+                f"leave it out with exclude_modules=['{path}']."
+            ) from error
+        raise NotInFront from error
+    finally:
+        _task.value = task
     if attender.num_calls == 0:
         raise _bypassed(module, path)
     return output
+
+
+def _is_extended(module: nn.Module) -> bool:
+    interface = find_attention_call(type(module)).interface
+    return isinstance(interface.get(attention_implementation(module)), PromptAttention)
 
 
 def _run(task: _Recorder | _Attender, function: Callable, *args: Any, **kwargs: Any) -> Any:

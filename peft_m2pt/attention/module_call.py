@@ -21,6 +21,11 @@ def layer_index(attention: nn.Module) -> int:
     return getattr(attention, "layer_idx", None) or 0
 
 
+def is_in_graph(tokens: torch.Tensor) -> bool:
+    """Whether values of tensors are not available, since a graph is made of operations."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.is_meta
+
+
 class ModuleCall:
     """
     A call of an attention module of the language model.
@@ -49,8 +54,7 @@ class ModuleCall:
         tokens = arguments[signature.input_name]
         self.batch_size, self.num_tokens = tokens.shape[0], tokens.shape[-2]
         self.device = tokens.device
-        # Values of tensors are not available.
-        self.is_in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.is_meta
+        self.is_in_graph = is_in_graph(tokens)
         self.num_position_rows = max(tensor.shape[sample_axis(tensor)] for tensor in position_tensors(positions))
         """The batch size of the positions: 1 if all samples share them."""
         for tensor in position_tensors(positions):

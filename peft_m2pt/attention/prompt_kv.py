@@ -23,18 +23,25 @@ class PromptKV:
             Values.
         visible (`torch.Tensor` of shape `(batch_size, 1 or num_tokens, num_prompts)`, *optional*):
             Which prompts each token sees. `None` if it sees all.
+        is_in_front (`bool`, defaults to `False`):
+            Whether they are in front of the keys and values of tokens already.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     visible: torch.Tensor | None = None
+    is_in_front: bool = False
 
     def __len__(self) -> int:
         return self.key.shape[2]
 
+    def count_tokens(self, key: torch.Tensor) -> int:
+        """The number of tokens whose keys an attention function got."""
+        return key.shape[2] - (len(self) if self.is_in_front else 0)
+
     def prepend_to(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Puts the prompts in front of key and value of tokens.
+        Puts the prompts in front of key and value of tokens, if they are not there.
 
         Args:
             key (`torch.Tensor` of shape `(batch_size, num_key_value_heads, key_length, head_dim)`):
@@ -45,6 +52,8 @@ class PromptKV:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Keys and values, of length `num_prompts + key_length`.
         """
+        if self.is_in_front:
+            return key, value
         return _prepend(self.key, key), _prepend(self.value, value)
 
     @staticmethod

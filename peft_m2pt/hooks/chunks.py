@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from ..anatomy.modules import own_part
+from ..attention.module_call import is_in_graph
 from ..attention.visibility import read_visibility
 from ..errors import UnsupportedModelError
 from ..layers.attention import M2PTAttention
@@ -68,7 +69,7 @@ def _check(
         # Made by `generate`, one for each layer type: this one does not mask chunks.
         mask = mask.get("full_attention", next(iter(mask.values())))
     cache = next((value for value in arguments.values() if isinstance(value, Cache)), None)
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.is_meta
+    in_graph = is_in_graph(tokens)
     if mask is None and cache is None and positions is not None:
         what, is_ambiguous = "position_ids by which", _are_positions_ambiguous(positions, chunk)
     elif mask is not None and (isinstance(mask, BlockMask) or mask.dim() > 2):

@@ -15,15 +15,25 @@ from ..adapted import base_class, base_modules
 from ..anatomy.arguments import Role, check_call, read_signature
 from ..anatomy.modules import device_of, dtype_of
 from ..anatomy.sites import Connector, Site
-from ..attention.find_first_tokens import cache_first_tokens, find_first_tokens, first_tokens_in_cache
+from ..attention.cached_first_tokens import first_tokens_in_cache
+from ..attention.cached_prompts import PROMPTS, CachedPrompts, InFront, Owner, keep_prompts
+from ..attention.find_first_tokens import cache_first_tokens, find_first_tokens
 from ..attention.first_tokens import FirstTokens
-from ..attention.interface import attend_with_prompts, extend_attention_function, record_prompt_kv
+from ..attention.interface import (
+    NotInFront,
+    attend_in_front,
+    attend_with_prompts,
+    extend_attention_function,
+    record_prompt_kv,
+)
+from ..attention.module_call import is_in_graph, layer_index
 from ..attention.paged import check_requests, first_token_of_requests, prompts_in_cache
 from ..attention.prompt_arguments import prompt_arguments
 from ..attention.prompt_kv import PromptKV, assign_prompt_kv
 from ..errors import UnsupportedModelError
-from ..upstream import is_paged
+from ..upstream import is_known_to_be_empty, is_paged, layer_in_cache, updates_layers
 from .base import M2PTLayer
+from .conditions import Conditions
 from .connector import project
 from .initializer import PromptInitializer
 from .mixed_batch import SampleAdapters, sample_adapters
@@ -57,7 +67,7 @@ class M2PTAttention(M2PTLayer):
         super().__init__(site.attention)
         self.site = site
         self.signature = read_signature(base_class(site.attention))
-        self._cached: _CachedRows | None = None
+        self.owner = Owner()
 
     def update_layer(
         self,
@@ -82,6 +92,7 @@ class M2PTAttention(M2PTLayer):
             init ([`~peft_m2pt.layers.initializer.PromptInitializer`]):
                 Makes the prompts.
         """
+        self.owner = self.owner.retire()
         if num_tokens > 0:
             self.m2pt_prompt[adapter_name] = init.make_prompt(num_tokens, self.site, dtype_of(self.base_layer))
         if num_interaction_tokens > 0:
@@ -94,25 +105,46 @@ class M2PTAttention(M2PTLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the adapted module so that its tokens also attend to the prompts of the active adapters."""
-        adapters, base_layer = self._adapters_in_use(), self.base_layer
+        # Hot path, down to attend_in_front: once per layer and token. Each function that is called is paid for.
+        cache = self.signature.find_cache(args, kwargs)
+        kept = None if cache is None else self._kept_in(cache, args, kwargs)
+        in_front = None if kept is None else kept.in_front
+        layer = None if in_front is None else layer_in_cache(cache, kept.layer)
+        if layer is not None and in_front.is_safe and not torch.compiler.is_dynamo_compiling():
+            if self.signature.unknown:
+                check_call(self.signature, self.signature.bind(args, kwargs), self.base_layer, self.site.path)
+            try:
+                return attend_in_front(self.base_layer, self.site.path, in_front.prompts, layer, args, kwargs)
+            except NotInFront:
+                # The attention function adds them, and it is observed again.
+                in_front.is_safe = None
+        return self._attend(args, kwargs, cache, kept)
+
+    def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any, kept: CachedPrompts | None) -> Any:
+        """Calls the adapted module, whose attention function adds prompts."""
+        base_layer, in_front, layer = self.base_layer, None, None
+        arguments = self.signature.bind(args, kwargs)
+        if kept is not None and not is_in_graph(arguments[self.signature.input_name]):
+            if is_known_to_be_empty(cache, kept.layer):
+                kept = None
+            else:
+                in_front, layer = kept.in_front, layer_in_cache(cache, kept.layer)
+        adapters, has_requests = self._adapters_in_use(), is_paged(cache)
         if not adapters:
             if self.site.kind == "textual":
-                paged = next(filter(is_paged, (*args, *kwargs.values())), None)
-                if paged is None:
+                if not has_requests:
                     cache_first_tokens(base_layer, self.site.path, self.signature, args, kwargs)
-                elif prompts_in_cache(paged) is not None:
-                    self._put_in_front_of_requests(paged, None)
+                elif prompts_in_cache(cache) is not None:
+                    self._put_in_front_of_requests(cache, None)
             return base_layer.call_without_adapters(*args, **kwargs)
-        arguments = self.signature.bind(args, kwargs)
-        has_requests = is_paged(self.signature.find(Role.CACHE, arguments))
         extend_attention_function(base_layer, self.site.path, has_requests)
         check_call(self.signature, arguments, base_layer, self.site.path)
         # Packed images share one set of prompt rows, even if attention is computed image by image.
         is_packed = self.signature.find(Role.BOUNDARIES, arguments) is not None
         record = None if is_packed else partial(self._rows, adapters, arguments)
-        rows = self._rows(adapters, arguments, 0)
+        rows = self._rows_or_kept(adapters, arguments, cache, kept)
         call = partial(base_layer.call_without_adapters, *args, **kwargs)
-        return attend_with_prompts(base_layer, self.site.path, rows, record, call, has_requests)
+        return attend_with_prompts(base_layer, self.site.path, rows, record, call, has_requests, in_front, layer)
 
     @property
     def is_active(self) -> bool:
@@ -136,38 +168,65 @@ class M2PTAttention(M2PTLayer):
         """
         Returns keys and values of the prompts for the n-th call of the attention function: one for all samples, a
         batch, or a list where sequences or images are packed.
-
-        Decoding one token at a time reuses those of the previous step. The first call with a cache recomputes them, as
-        do calls with many tokens, where that is cheap.
         """
-        samples = sample_adapters()
         cache = self.signature.find(Role.CACHE, arguments)
         if is_paged(cache):
             return self._rows_of_requests(adapters, arguments, cache, call)
-        if call > 0 or cache is None or torch.is_grad_enabled():
-            # Modules rarely call the function more than once, so the rows of later calls are not cached.
-            if call == 0:
-                self._drop_cached_rows()
-            return self._record_all(adapters, samples, arguments, self._first_tokens(arguments), call)
-        tokens = arguments[self.signature.input_name]
-        batch = None if samples is None else (samples, len(tokens))
-        key = (*_conditions(tokens), batch, *adapters)
-        cached = self._cached
-        reusable = cached is not None and tokens.shape[-2] == 1 and cached.are_valid_for(cache, key)
-        if reusable and cached.first is not None:
-            reusable = cached.first is first_tokens_in_cache(self.base_layer, cache)
-        if reusable and (cached.first is None or cached.first.count == 1 or torch.compiler.is_compiling()):
-            return cached.rows
+        return self._record_all(adapters, sample_adapters(), arguments, self._first_tokens(arguments), call)
+
+    def _kept_in(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedPrompts | None:
+        """The prompts that a cache keeps for this call, which has one token."""
+        kept_by_path = getattr(cache, PROMPTS, None)
+        kept = None if kept_by_path is None else kept_by_path.get(self.site.path)
+        if kept is None or self._disable_adapters or torch.is_grad_enabled():
+            return None
+        tokens = self.signature.find_input(args, kwargs)
+        if tokens.size(-2) > 1 or kept.owners[0] is not self.owner or not kept.conditions.hold_for(tokens):
+            return None
+        for owner in kept.owners:
+            if not owner.is_current:
+                return None
+        first = kept.first_tokens
+        return kept if first is None or first is first_tokens_in_cache(cache, kept.layer) else None
+
+    def _rows_or_kept(
+        self, adapters: list[str], arguments: dict[str, Any], cache: Any, kept: CachedPrompts | None
+    ) -> PromptKV | list[PromptKV | None] | None:
+        """
+        Returns keys and values of the prompts.
+
+        Decoding one token at a time takes those that the cache keeps. The first call with a cache computes them anew,
+        as do calls with many tokens, where that is cheap.
+        """
+        is_compiling = torch.compiler.is_compiling()
+        if kept is not None and (kept.are_certain or is_compiling):
+            return kept.prompts
+        if cache is None or is_paged(cache):
+            return self._rows(adapters, arguments, 0)
         first = self._first_tokens(arguments)
-        if reusable and cached.first is first:
-            return cached.rows
-        rows = self._record_all(adapters, samples, arguments, first, call)
+        if kept is not None and kept.first_tokens is first:
+            return kept.prompts
+        rows = self._record_all(adapters, sample_adapters(), arguments, first, 0)
         fits_next_token = first is None or (first.by_token is None and first.is_complete)
-        if torch.compiler.is_compiling() or not fits_next_token:
-            self._drop_cached_rows()
-        else:
-            self._cached = _CachedRows(rows, first, cache, key, self._sources(adapters))
+        is_kept = fits_next_token and not is_compiling and not torch.is_grad_enabled()
+        keep_prompts(cache, self.site.path, self._keep(adapters, rows, first, arguments, cache) if is_kept else None)
         return rows
+
+    def _keep(
+        self,
+        adapters: list[str],
+        rows: PromptKV | list[PromptKV | None] | None,
+        first: FirstTokens | None,
+        arguments: dict[str, Any],
+        cache: Any,
+    ) -> CachedPrompts:
+        """What a cache keeps of prompts for its next token."""
+        kinds = (self.m2pt_prompt, self.m2pt_interaction)
+        owners = (self.owner, *(of_kind[name].owner for of_kind in kinds for name in adapters if name in of_kind))
+        conditions = Conditions.of(arguments[self.signature.input_name])
+        is_certain = first is None or first.count == 1
+        in_front = InFront(rows) if isinstance(rows, PromptKV) and is_certain and updates_layers(cache) else None
+        return CachedPrompts(layer_index(self.base_layer), rows, first, owners, conditions, is_certain, in_front)
 
     def _rows_of_requests(self, adapters: list[str], arguments: dict[str, Any], cache: Any, call: int) -> PromptKV:
         """
@@ -182,7 +241,7 @@ class M2PTAttention(M2PTLayer):
                 f"call model.destroy_cached_continuous_batching_manager() if it is kept, and begin anew."
             )
         check_requests(self.base_layer, self.site.path, self.signature, arguments, self.site.rotary)
-        key = (*_conditions(arguments[self.signature.input_name]), None, *adapters)
+        key = (Conditions.of(arguments[self.signature.input_name]), *adapters)
         kept = noted.get(self.site.path)
         if call == 0 and kept is not None and kept.are_valid_for(cache, key):
             return kept.rows
@@ -192,10 +251,10 @@ class M2PTAttention(M2PTLayer):
             sources = self._sources(adapters)
             if self.site.rotary is not None:
                 sources += self.site.rotary.module.modules()
-            self._put_in_front_of_requests(cache, _CachedRows(rows, start, cache, key, sources))
+            self._put_in_front_of_requests(cache, _RowsOfRequests(rows, cache, key, sources))
         return rows
 
-    def _put_in_front_of_requests(self, cache: Any, kept: _CachedRows | None) -> None:
+    def _put_in_front_of_requests(self, cache: Any, kept: _RowsOfRequests | None) -> None:
         """Notes what stands in front of the requests in a paged cache, which has to be what stood there before."""
         noted = prompts_in_cache(cache)
         before = noted.setdefault(self.site.path, kept)
@@ -219,7 +278,7 @@ class M2PTAttention(M2PTLayer):
         kept = noted[self.site.path]
         if kept is None or not adapters:
             return kept is None and not adapters
-        return kept.are_valid_for(cache, (*kept.key[:4], *adapters))
+        return kept.are_valid_for(cache, (kept.key[0], *adapters))
 
     def _first_tokens(self, arguments: dict[str, Any]) -> FirstTokens | None:
         """Where the sequences start that prompts are put in front of. `None` for prompts without positions."""
@@ -246,10 +305,6 @@ class M2PTAttention(M2PTLayer):
         rows = {name: self._record([name], arguments, first, call) for name in adapters}
         return assign_prompt_kv(rows, names, first, is_packed=boundaries is not None)
 
-    def _drop_cached_rows(self) -> None:
-        if self._cached is not None:
-            self._cached = None
-
     def _sources(self, adapters: Sequence[str]) -> list[nn.Module]:
         """The modules whose weights determine keys and values of the prompts."""
         modules = list(base_modules(self.base_layer))
@@ -262,11 +317,13 @@ class M2PTAttention(M2PTLayer):
         return modules
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._drop_cached_rows()
+        before = list(self.active_adapters)
         super().set_adapter(*args, **kwargs)
+        if self.active_adapters != before:
+            self.owner = self.owner.retire()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._drop_cached_rows()
+        self.owner = self.owner.retire()
         super().delete_adapter(adapter_name)
 
     def _record(
@@ -296,23 +353,23 @@ class M2PTAttention(M2PTLayer):
         is_interaction = layer_name == "m2pt_interaction" and self.site.connector is not None
         return device_of(self.site.connector.module) if is_interaction else super()._device_for(layer_name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy goes its own way.
+        self.owner = Owner()
 
 
-class _CachedRows:
-    """Prompt rows for one KV cache, valid until one of the weights changes that they were computed from."""
+class _RowsOfRequests:
+    """Prompt rows in front of requests in a paged cache, valid until a weight changes that they were computed from."""
 
     def __init__(
         self,
-        rows: PromptKV | list[PromptKV | None] | None,
-        first: FirstTokens | None,
+        rows: PromptKV,
         cache: Any,
         key: tuple[Any, ...],
         sources: Sequence[nn.Module],
     ) -> None:
         self.rows = rows
-        self.first = first
         self.cache = weakref.ref(cache)
         self.key = key
         self.weights = [
@@ -346,21 +403,11 @@ class _CachedRows:
         return True
 
 
-def _have_equal_rows(kept: _CachedRows | None, other: _CachedRows | None) -> bool:
+def _have_equal_rows(kept: _RowsOfRequests | None, other: _RowsOfRequests | None) -> bool:
     if kept is other or kept is None or other is None:
         return kept is other
     pairs = ((getattr(kept.rows, name), getattr(other.rows, name)) for name in ("key", "value"))
     return all(first.dtype == second.dtype and torch.equal(first, second) for first, second in pairs)
-
-
-def _conditions(tokens: torch.Tensor) -> tuple[Any, ...]:
-    return tokens.dtype, tokens.device, _autocast_dtype(tokens.device.type)
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    # The meta device has no autocast.
-    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_on else None
 
 
 def _version(weight: torch.Tensor) -> int | None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.cached_prompts import Owner
+
 
 # Relative to its norm, how far a row moves at a learning rate of 1, summed over the layers of a tower.
 RELATIVE_STEP = 160
@@ -53,6 +55,20 @@ class M2PTPrompt(nn.Module):
         # persistent buffers.
         self.register_buffer("scale", None if relative_step is None else torch.ones(num_tokens, 1), persistent=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._renew_owner()
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy goes its own way.
+        self.owner = Owner()
+
+    def _renew_owner(self) -> None:
+        """Makes caches forget the prompt, since others take its place."""
+        self.owner = self.owner.retire() if "owner" in vars(self) else Owner()
+
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shapes of the saved tensors. That of the parameter itself may be the shape of a shard."""
@@ -68,6 +84,7 @@ class M2PTPrompt(nn.Module):
             rows (`torch.Tensor` of shape `(num_tokens, width)`):
                 The prompt.
         """
+        self._renew_owner()
         if self.scale is not None:
             self.scale.fill_(scale_of(rows, self.relative_step))
             rows = rows / self.scale.to(rows.device)
@@ -96,6 +113,7 @@ class M2PTPrompt(nn.Module):
             destination[f"{prefix}scale"] = self.scale
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._renew_owner()
         name = f"{prefix}scale"
         scale = state_dict.get(name)
         *_, strict, missing_keys, unexpected_keys, _ = args

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from peft_m2pt.attention.eager_sdpa import attend_sdpa
+from peft_m2pt.attention.eager_sdpa import attend_sdpa, mask_of_step, mask_with_prompts
 from peft_m2pt.attention.prompt_kv import PromptKV
 
 
@@ -45,3 +45,44 @@ def test_one_query(kind, visible):
     }[kind]
     output, _ = attend_sdpa(sdpa_attention_forward, module, rows, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(output, attend_one_by_one(rows, query, key, value, added, 0.3))
+
+
+class TestMasksOfAStep:
+    """They are widened once for all layers of a forward pass, if all is the same."""
+
+    def widen(self, layer, mask, prompts=None, **kwargs):
+        prompts = prompts or PromptKV(*torch.zeros(2, 1, 1, 3, 4), is_in_front=True, **kwargs)
+        query, key = torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, len(prompts) + mask.shape[-1], 4)
+        widened = mask_of_step(layer, prompts, query, key, mask)
+        assert torch.equal(widened, mask_with_prompts(prompts, query, key, mask))
+        return widened
+
+    def test_are_shared(self):
+        mask = torch.randn(2, 1, 1, 5)
+        first = self.widen(0, mask)
+        assert self.widen(1, mask) is first
+        assert self.widen(0, mask) is not first, "that is the next forward pass"
+
+    def test_of_each_kind_are_shared(self):
+        mask, other = torch.randn(2, 2, 1, 1, 5)
+        masks = [self.widen(layer, mask if layer % 2 else other) for layer in range(4)]
+        assert masks[0] is masks[2] and masks[1] is masks[3]
+
+    def test_that_change_between_layers(self):
+        mask = torch.randn(2, 1, 1, 5)
+        self.widen(0, mask)
+        mask[0, 0, 0, 2] = torch.finfo(torch.float32).min
+        self.widen(1, mask)
+
+    def test_in_front_of_which_others_stand(self):
+        mask = torch.randn(2, 1, 1, 5)
+        self.widen(0, mask)
+        self.widen(1, mask, PromptKV(*torch.zeros(2, 1, 1, 2, 4), is_in_front=True))
+        self.widen(2, mask, visible=torch.tensor([[[True, True, False]], [[True, False, False]]]))
+
+    def test_that_torch_does_not_count_changes_of(self):
+        with torch.inference_mode():
+            mask = torch.randn(2, 1, 1, 5)
+            self.widen(0, mask)
+            mask[0, 0, 0, 2] = torch.finfo(torch.float32).min
+            self.widen(1, mask)

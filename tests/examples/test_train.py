@@ -88,7 +88,7 @@ class TestRuns:
         state = json.loads((trained[0] / "adapter/trainer_state.json").read_text())
         losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
         assert len(losses) == state["max_steps"] == 20
-        assert np.mean(losses[-5:]) < 0.7 * losses[0]
+        assert np.mean(losses[-5:]) < 0.75 * losses[0]
 
     def test_bad_images_are_reported(self, trained):
         output, stdout = trained

@@ -19,6 +19,7 @@ import torch
 import transformers
 from helpers.attention_kernels import KERNELS, stand_ins
 from helpers.lengthened_attention import lengthened_output
+from helpers.recomputed import recomputed
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -203,7 +204,10 @@ def check_generation(tuned: Tuned) -> None:
         tokens, logits = tuned.generate(tuned.model, tuned.inputs)
         _, of_base = tuned.generate(tuned.base, tuned.inputs)
         uncached_tokens, uncached = tuned.generate(tuned.model, tuned.inputs, use_cache=False)
+        with recomputed():
+            _, expected = tuned.generate(tuned.model, tuned.inputs)
     assert (logits - of_base).abs().max() > 0.01, "the prompts have no influence"
+    assert_close(logits, expected, "recomputed in every call", tolerance=1e-5)
     assert_close(logits, uncached)
     assert torch.equal(tokens, uncached_tokens)
     has_one_pass = tuned.family.text and not tuned.model.config.is_encoder_decoder
@@ -406,13 +410,13 @@ def are_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return True
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str = "", tolerance: float = TOLERANCE) -> None:
     assert actual.shape == expected.shape, what
     # Scores of tokens that cannot come are the most negative number.
     actual, expected = actual.clamp(-1e4, 1e4), expected.clamp(-1e4, 1e4)
     difference = (actual - expected).abs().max()
     scale = max(1.0, expected[expected.abs() < 1e4].abs().max().item())
-    assert difference <= TOLERANCE * scale, f"{what} differs by {difference:.1e} (values up to {scale:.1f})"
+    assert difference <= tolerance * scale, f"{what} differs by {difference:.1e} (values up to {scale:.1f})"
 
 
 def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:

@@ -23,7 +23,9 @@ from benchmarks.run import GROWTH, inputs_of, interleaved
 from peft_m2pt import M2PTConfig
 
 
-def test_a_whole_run(tmp_path, capsys):
+def test_a_whole_run(tmp_path, capsys, monkeypatch):
+    # Graphs are made, but not compiled.
+    monkeypatch.setattr(measure, "BACKEND", "eager")
     main(["--dims", "tiny", "--threads", "1", "--repeats", "2", "--loading", "tiny", "--output", str(tmp_path)])
     [table] = tmp_path.glob("*.md")
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json", ".png"}
@@ -40,6 +42,12 @@ def test_a_whole_run(tmp_path, capsys):
         if name != "base":
             assert 0 < measured["saved_bytes"] <= measured["peak_bytes"]
         assert f"| {name} | " in table.read_text()
+    compiled = {name for name, measured in results["methods"].items() if "decode_compiled" in measured}
+    assert compiled == {"base", "LoRA r=8", "M2PT (20, 10)"}
+    for name, measured in results["launch_bound"].items():
+        assert name in names
+        assert all(len(times) == 2 and min(times) > 0 for times in measured.values())
+    assert "| launch-bound | decoding | decoding four padded samples |" in table.read_text()
     assert len(results["growth"]) == len(GROWTH)
     for size in results["growth"]:
         assert list(size["methods"]) == [method.name for method in growing_methods(DIMS["tiny"])]
