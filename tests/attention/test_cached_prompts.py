@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import weakref
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -203,6 +204,23 @@ class WithSink(DynamicCache):
         return keys, values
 
 
+@contextmanager
+def attending_twice():
+    get_interface = AttentionInterface.get_interface
+
+    def get(*args):
+        attend = get_interface(*args)
+
+        def twice(*args, **kwargs):
+            attend(*args, **kwargs)
+            return attend(*args, **kwargs)
+
+        return twice
+
+    with mock.patch.object(AttentionInterface, "get_interface", get):
+        yield
+
+
 class TestObserved:
     @pytest.mark.parametrize("use", [hold, look, double, hold_part])
     def test_what_else_is_done_with_keys(self, use):
@@ -291,24 +309,24 @@ class TestObserved:
 
     def test_modules_that_attend_twice_later(self):
         model, ids = make(), batch()
-        get_interface = AttentionInterface.get_interface
-
-        def get(*args):
-            attend = get_interface(*args)
-
-            def twice(*args, **kwargs):
-                attend(*args, **kwargs)
-                return attend(*args, **kwargs)
-
-            return twice
 
         def run():
             cache = DynamicCache()
             first = feed(model, cache, ids, 0, 6, 7, 8, 9)
-            with mock.patch.object(AttentionInterface, "get_interface", get):
+            with attending_twice():
                 return torch.cat([first, feed(model, cache, ids, 9, 10, 11)], dim=1)
 
         compare(run)
+
+    @torch.no_grad()
+    def test_modules_that_attend_twice_later_to_tokens_alone(self):
+        """What another `update` has done cannot be undone."""
+        model, ids, cache = make(), batch(), DynamicCache()
+        feed(model, cache, ids, 0, 6, 7, 8, 9)
+        update = mock.patch.object(type(cache.layers[0]), "update", DynamicLayer.update.__wrapped__)
+        message = r"'model.layers.0.self_attn' \(LlamaAttention\) calls its attention function more often than for the"
+        with update, attending_twice(), pytest.raises(UnsupportedModelError, match=message):
+            feed(model, cache, ids, 9, 10)
 
     @pytest.mark.parametrize("is_padded", [True, False])
     @pytest.mark.parametrize("attn, num_later", [("eager", 3), ("flex_attention", 0)])
