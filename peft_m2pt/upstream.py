@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.integrations import executorch
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
@@ -85,7 +86,7 @@ def chunk_length(config: PretrainedConfig) -> int | None:
 # Layers of caches that join the keys and values that they have with new ones.
 JOINING = (DynamicLayer, DynamicSlidingWindowLayer)
 
-# Their methods `update` that call a function first.
+# Methods and functions of transformers that call one of ours.
 _intercepting: set[Callable] = set()
 
 
@@ -102,6 +103,27 @@ def intercept_updates(intercept: Callable[[Callable], Callable]) -> None:
         if method not in _intercepting and getattr(method, "__globals__", None) is vars(cache_utils):
             layer_class.update = functools.wraps(method)(intercept(method))
             _intercepting.add(layer_class.update)
+
+
+def intercept_flattening(prepare: Callable[[Any], None]) -> None:
+    """
+    Lets a function prepare each dynamic cache that becomes a tree of tensors, as exporting does.
+
+    Args:
+        prepare (`Callable[[Cache], None]`):
+            The function. Transformers takes layers of exactly its own classes.
+    """
+    function = executorch._get_cache_dict
+    if function in _intercepting:
+        return
+
+    @functools.wraps(function)
+    def flatten(cache: Any) -> dict[str, Any]:
+        prepare(cache)
+        return function(cache)
+
+    executorch._get_cache_dict = flatten
+    _intercepting.add(flatten)
 
 
 def layer_in_cache(cache: Any, index: int) -> Any:

@@ -56,17 +56,19 @@ def _of_tokens(name: str) -> property:
     return property(read, write)
 
 
+def _copy_tokens(layer: Any) -> dict[str, torch.Tensor | None]:
+    """Keys and values without prompts, not even behind a view."""
+    tokens = {name: getattr(layer, name) for name in ("keys", "values")}
+    layout = torch.contiguous_format
+    return {name: None if tensor is None else tensor.clone(memory_format=layout) for name, tensor in tokens.items()}
+
+
 def _make_prompted(layer_class: type) -> type:
     """Makes the class of layers that may have prompts. The class of a layer is changed in place."""
 
     def reduce(layer: Any, protocol: Any) -> tuple[Any, ...]:
-        # Copies have no prompts, not even behind a view.
-        tokens = {
-            name: None if (t := getattr(layer, name)) is None else t.clone(memory_format=torch.contiguous_format)
-            for name in ("keys", "values")
-        }
         rest = {name: value for name, value in layer.__dict__.items() if name != JOINED}
-        return object.__new__, (layer_class,), {**rest, **tokens}
+        return object.__new__, (layer_class,), {**rest, **_copy_tokens(layer)}
 
     contents = {"keys": _of_tokens("keys"), "values": _of_tokens("values"), "__reduce_ex__": reduce}
     names = {name: getattr(layer_class, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -129,3 +131,12 @@ def undo_join(layer: Any, prompts: PromptKV, keys: torch.Tensor, values: torch.T
     layer.keys, layer.values = keys[:, :, len(prompts) : -1], values[:, :, len(prompts) : -1]
     if layer.is_sliding:
         layer.cumulative_length -= 1
+
+
+def take_prompts_out(cache: Any) -> None:
+    """Makes the layers of a cache what they are without prompts. The next token brings these back."""
+    for layer in cache.layers:
+        if type(layer) in _PROMPTED.values():
+            layer.__dict__.update(_copy_tokens(layer))
+            layer.__dict__.pop(JOINED, None)
+            layer.__class__ = type(layer).__base__

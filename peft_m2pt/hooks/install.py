@@ -10,10 +10,11 @@ from ..anatomy.sites import Connector, Site
 from ..anatomy.towers import find_tower, has_tower
 from ..attention.cached_first_tokens import patch_cache_methods
 from ..attention.interface import intercept_update
+from ..attention.prompted_layers import take_prompts_out
 from ..config import M2PTConfig
 from ..layers.attention import M2PTAttention
 from ..layers.connector import M2PTConnector
-from ..upstream import intercept_updates
+from ..upstream import intercept_flattening, intercept_updates
 from .checkpointing import require_input_grads
 from .chunks import refuse_ambiguous_chunks
 from .continuous_batching import supervise_continuous_batching
@@ -64,6 +65,7 @@ def install_hooks(
         else:
             patch_cache_methods()
             intercept_updates(intercept_update)
+            intercept_flattening(take_prompts_out)
             layer.hooks += cache_first_tokens_of_others(model, layer.base_layer)
             layer.hooks += refuse_ambiguous_chunks(model, layer)
             layer.hooks += supervise_continuous_batching(model)

@@ -10,14 +10,16 @@ from unittest import mock
 import pytest
 import torch
 from helpers.attention_kernels import stand_ins
-from helpers.decoding import assert_equal, batch, compare, config_of, feed
+from helpers.decoding import assert_equal, batch, compare, config_of, feed, filled
 from helpers.models import make_config, on_top_of, randomise
 from helpers.recomputed import counted, recomputed
 from helpers.text_models import OTHER_TEXT, TEXT, WINDOW, make, make_ids, on_cache, outputs
 from packaging.version import Version
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.executorch import register_dynamic_cache_export_support
 from transformers.modeling_utils import AttentionInterface
 
 from peft_m2pt import M2PTConfig, UnsupportedModelError
@@ -473,6 +475,22 @@ class TestCachesThatAreMoved:
         rebuilt = DynamicCache((layer.keys, layer.values) for layer in cache.layers)
         assert torch.equal(rebuilt.layers[1].values, cache.layers[1].values)
 
+    @torch.no_grad()
+    def test_what_an_exported_program_sees(self):
+        register_dynamic_cache_export_support()
+        model, ids = make(), batch()
+        cache, other = filled(model, ids), filled(model, ids)
+        expected = [tensor.clone() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        leaves, spec = tree_flatten(cache)
+        assert len(leaves) == len(expected) and all(any(torch.equal(old, new) for new in leaves) for old in expected)
+        assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+        with model.disable_adapter():
+            assert_equal(*(feed(model, some, ids, 9, 10) for some in (tree_unflatten(leaves, spec), cache)))
+            feed(model, other, ids, 9, 10)
+        with counted() as calls:
+            assert_equal(feed(model, cache, ids, 10, 11, 12), feed(model, other, ids, 10, 11, 12))
+        assert len(calls) == 2 * 2 * LAYERS
+
 
 def add_other(model):
     model.add_adapter("other", make_config(num_visual_tokens=0, num_interaction_tokens=0, num_textual_tokens=2))
@@ -700,6 +718,31 @@ GENERATION = {
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
     "chunks": {"prefill_chunk_size": 4},
 }
+
+
+def test_assisted_generation():
+    """A small model proposes tokens, and what is not accepted is removed from both caches."""
+    model, assistant, ids = make(), make(), batch(1, 6)
+
+    def run():
+        output = model.generate(
+            input_ids=ids,
+            assistant_model=assistant.get_base_model(),
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(output.logits)
+
+    randomise(assistant, seed=5)
+    actual = compare(run)
+    with torch.no_grad():
+        alone = model.generate(
+            input_ids=ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    torch.testing.assert_close(actual, torch.stack(alone.logits), atol=3e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
