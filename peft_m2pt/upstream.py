@@ -23,7 +23,6 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.generation.continuous_batching import PagedAttentionCache
-from transformers.integrations import executorch
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
@@ -113,6 +112,9 @@ def intercept_flattening(prepare: Callable[[Any], None]) -> None:
         prepare (`Callable[[Cache], None]`):
             The function. Transformers takes layers of exactly its own classes.
     """
+    # PEFT has not loaded it, so importing this package does not, either.
+    from transformers.integrations import executorch
+
     function = executorch._get_cache_dict
     if function in _intercepting:
         return
