@@ -5,8 +5,8 @@ In a step of decoding, a layer of the cache joins the keys that it has with the 
 gets the result. With prompts in front of that (`prompted_layers.py`), a step does what it does in the base model.
 
 Whether this is safe is observed in the first step: what `update` of the layer has returned has to reach the attention
-function untouched, and nothing may hold on to it. Layers that share keys, expand latents or select keys do otherwise;
-other kinds of caches do not join keys. The attention function adds the prompts there.
+function untouched, and nothing may hold on to it. That is not so in layers that share keys (Gemma 3n), expand latents
+(DeepSeek) or select keys, and other kinds of caches do not join keys. The attention function adds the prompts there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class CachedPrompts:
         are_certain (`bool`):
             Whether they fit any next token. If samples start at several positions, its mask tells.
         in_front ([`InFront`], *optional*):
-            Puts them in front of the tokens in the cache. `None` if the attention function always adds them.
+            The same, to stand in front of the tokens in the cache. `None` if the attention function always adds them.
     """
 
     layer: int

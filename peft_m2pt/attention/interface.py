@@ -441,7 +441,7 @@ def attend_with_prompts(
         is_paged (`bool`, defaults to `False`):
             Whether it does so with a paged cache.
         in_front ([`~peft_m2pt.attention.cached_prompts.InFront`], *optional*):
-            Gets to know whether it can put the prompts in front of the tokens in the cache of the module.
+            Records whether the prompts may stand in front of the tokens in the cache of the module.
         layer (`CacheLayerMixin`, *optional*):
             The layer of the cache in which that is observed.
 

@@ -123,8 +123,7 @@ class M2PTAttention(M2PTLayer):
     def _attend(self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any, kept: CachedPrompts | None) -> Any:
         """Calls the adapted module, whose attention function adds prompts."""
         base_layer, in_front, layer = self.base_layer, None, None
-        arguments = self.signature.bind(args, kwargs)
-        if kept is not None and not is_in_graph(arguments[self.signature.input_name]):
+        if kept is not None and not is_in_graph(self.signature.find_input(args, kwargs)):
             if is_known_to_be_empty(cache, kept.layer):
                 kept = None
             else:
@@ -137,6 +136,7 @@ class M2PTAttention(M2PTLayer):
                 elif prompts_in_cache(cache) is not None:
                     self._put_in_front_of_requests(cache, None)
             return base_layer.call_without_adapters(*args, **kwargs)
+        arguments = self.signature.bind(args, kwargs)
         extend_attention_function(base_layer, self.site.path, has_requests)
         check_call(self.signature, arguments, base_layer, self.site.path)
         # Packed images share one set of prompt rows, even if attention is computed image by image.
@@ -175,7 +175,7 @@ class M2PTAttention(M2PTLayer):
         return self._record_all(adapters, sample_adapters(), arguments, self._first_tokens(arguments), call)
 
     def _kept_in(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedPrompts | None:
-        """The prompts that a cache keeps for this call, which has one token."""
+        """The prompts that a cache keeps, if this call has a single token and no gradients, and they fit it."""
         kept_by_path = getattr(cache, PROMPTS, None)
         kept = None if kept_by_path is None else kept_by_path.get(self.site.path)
         if kept is None or self._disable_adapters or torch.is_grad_enabled():
@@ -355,7 +355,7 @@ class M2PTAttention(M2PTLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A copy goes its own way.
+        # A copy has an owner of its own.
         self.owner = Owner()
 
 

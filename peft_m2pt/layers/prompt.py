@@ -62,7 +62,7 @@ class M2PTPrompt(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A copy goes its own way.
+        # A copy has an owner of its own.
         self.owner = Owner()
 
     def _renew_owner(self) -> None:
